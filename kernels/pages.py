@@ -1,0 +1,462 @@
+"""Kernels that move pages between scattered cache blocks and the slots of chunks.
+
+They are byte movers: they see addresses, strides and sizes, never dtypes. One pair serves both
+ways of crossing to the host: slots in device memory (a staging buffer) and slots in mapped host
+memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from . import compiling
+from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
+
+__all__ = [
+    "KernelConfig",
+    "PageTable",
+    "choose_config",
+    "gather_pages",
+    "kernel_specs",
+    "launch_gather",
+    "launch_scatter",
+    "prepare",
+    "scatter_pages",
+]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How a launch is cut up."""
+
+    warps: int
+    """Warps of a CTA (of 32 lanes on NVIDIA, 64 on AMD)."""
+    tile_bytes: int
+    """Bytes that a CTA has in flight where no mask over words is needed (half of it otherwise).
+    A power of two; words narrower than 8 bytes make it smaller in proportion."""
+    programs: int
+    """CTAs of a launch: how many SMs it may keep busy."""
+
+
+def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
+    """The configuration for slots in mapped host memory (``zero_copy``) or in device memory.
+
+    Args:
+        backend: ``cuda`` or ``hip``.
+
+    Zero copy wants bytes in flight: 1,024 threads with 128 bytes each are what the registers of an
+    SM hold. Staged kernels leave room beside them on the SM for the model's.
+    """
+    # Threads of a CTA are what counts; a wave of 64 lanes is two warps.
+    lanes = 2 if backend == "hip" else 1
+    if zero_copy:
+        return KernelConfig(warps=32 // lanes, tile_bytes=128 * 1024, programs=2)
+    return KernelConfig(warps=8 // lanes, tile_bytes=32 * 1024, programs=16)
+
+
+# The two kernels move the same tiles in opposite directions.
+#
+#   strips     int64 [num_strips, 5]: address of the strip in block 0, bytes between blocks,
+#              elements, offset in the slot, bytes between pages in the slot
+#   block_ids  int64 [num_blocks]
+#   slot_ids   int64 [ceil((first_block + num_blocks) / blocks_per_chunk)]
+#
+# A strip is the part of at most WORDS elements of every page of one tensor; a tile is that part of
+# PAGES pages. Tiles are numbered with the strips of the same pages together, and a program takes
+# tiles_per_program of them in a row, so that ids are read once per PAGES blocks: they may lie in
+# host memory, a round trip away.
+
+
+@triton.jit
+def _gather_kernel(
+    strips,
+    num_strips,
+    block_ids,
+    num_blocks,
+    slots,
+    stride_slot,
+    slot_ids,
+    first_block,
+    blocks_per_chunk,
+    tiles_per_program,
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    EXACT: tl.constexpr,  # noqa: N803
+):
+    num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
+    tile = tl.program_id(0) * tiles_per_program
+    end = tl.minimum(tile + tiles_per_program, num_tiles)
+    for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
+        block, place, position, live = _locate(
+            block_ids, slot_ids, slots, stride_slot, group * PAGES, first_block, num_blocks,
+            blocks_per_chunk, PAGES,
+        )  # fmt: skip
+        first_tile = group * num_strips
+        first_strip = tl.maximum(tile - first_tile, 0)
+        for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
+            cache, slot, mask = _tile_pointers(
+                strips, strip, block, place, position, live, WORD_BYTES, WORDS, EXACT
+            )
+            # .cg: pages are read once, L1 has no use for them.
+            tl.store(slot, tl.load(cache, mask=mask, cache_modifier=".cg"), mask=mask)
+
+
+@triton.jit
+def _scatter_kernel(
+    strips,
+    num_strips,
+    block_ids,
+    num_blocks,
+    slots,
+    stride_slot,
+    slot_ids,
+    first_block,
+    blocks_per_chunk,
+    tiles_per_program,
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    EXACT: tl.constexpr,  # noqa: N803
+):
+    num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
+    tile = tl.program_id(0) * tiles_per_program
+    end = tl.minimum(tile + tiles_per_program, num_tiles)
+    for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
+        block, place, position, live = _locate(
+            block_ids, slot_ids, slots, stride_slot, group * PAGES, first_block, num_blocks,
+            blocks_per_chunk, PAGES,
+        )  # fmt: skip
+        first_tile = group * num_strips
+        first_strip = tl.maximum(tile - first_tile, 0)
+        for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
+            cache, slot, mask = _tile_pointers(
+                strips, strip, block, place, position, live, WORD_BYTES, WORDS, EXACT
+            )
+            tl.store(cache, tl.load(slot, mask=mask, cache_modifier=".cg"), mask=mask)
+
+
+@triton.jit
+def _locate(
+    block_ids,
+    slot_ids,
+    slots,
+    stride_slot,
+    first_page,
+    first_block,
+    num_blocks,
+    blocks_per_chunk,
+    PAGES: tl.constexpr,  # noqa: N803
+):
+    """Block id, slot address, position in the chunk, and whether there is such a block: [PAGES]."""
+    index = first_page + tl.arange(0, PAGES)
+    live = index < num_blocks
+    run = first_block + index
+    block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + index, mask=live, other=0)
+    chunk = run // blocks_per_chunk
+    slot = tl.load(slot_ids.to(tl.pointer_type(tl.int64)) + chunk, mask=live, other=0)
+    return block, slots + slot * stride_slot, (run % blocks_per_chunk).to(tl.int64), live
+
+
+@triton.jit
+def _tile_pointers(
+    strips,
+    strip,
+    block,
+    place,
+    position,
+    live,
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    EXACT: tl.constexpr,  # noqa: N803
+):
+    """Pointers into the cache and into the slots, and the mask of a tile: [PAGES, WORDS]."""
+    ELEMENT_BYTES: tl.constexpr = WORD_BYTES if WORD_BYTES < 8 else 8  # noqa: N806
+    if ELEMENT_BYTES == 8:
+        element: tl.constexpr = tl.int64
+    elif ELEMENT_BYTES == 4:
+        element: tl.constexpr = tl.int32
+    elif ELEMENT_BYTES == 2:
+        element: tl.constexpr = tl.int16
+    else:
+        element: tl.constexpr = tl.int8
+    row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
+    # The compiler can't see the alignment of what it reads from a table.
+    cache = tl.multiple_of(tl.load(row) + block * tl.load(row + 1), WORD_BYTES)
+    slot = place + tl.load(row + 3) + position * tl.load(row + 4)
+    slot = tl.multiple_of(slot, WORD_BYTES)
+    word = tl.arange(0, WORDS)[None, :]
+    mask = live[:, None]
+    if not EXACT:
+        elements = tl.multiple_of(tl.load(row + 2), WORD_BYTES // ELEMENT_BYTES)
+        mask = mask & (word < elements)
+    return (
+        cache[:, None].to(tl.pointer_type(element)) + word,
+        slot[:, None].to(tl.pointer_type(element)) + word,
+        mask,
+    )
+
+
+def gather_pages(
+    table: PageTable,
+    block_ids: Ids,
+    slots: torch.Tensor,
+    slot_ids: Ids | None = None,
+    first_block: int = 0,
+    *,
+    config: KernelConfig | None = None,
+) -> None:
+    """Copy the pages of a run of blocks into the slots of its chunks, on the device.
+
+    With ``B = table.blocks_per_chunk`` and ``p = first_block % B``, the pages of ``block_ids[i]``
+    go to slot ``slot_ids[(p + i) // B]``, position ``(p + i) % B``. Every other byte of ``slots``
+    stays as it is. Queued on the current stream of ``table.device``; the caller keeps ``slots``
+    and the cache alive until it has run.
+
+    Args:
+        table: Where the pages lie.
+        block_ids: ``[n]`` ids of blocks to read; may repeat. A list, a numpy array or an integer
+            tensor. Ids in a tensor on the device are trusted, not checked.
+        slots: uint8 ``[num_slots, >= table.slot_bytes]``, rows at any stride; on the table's
+            device, or pinned host memory that the device maps.
+        slot_ids: ``[ceil((p + n) / B)]`` distinct slots, one a chunk, counted from the chunk that
+            holds ``first_block``; None for 0, 1, ...
+        first_block: Where in its run of chunks the first block lies.
+        config: None for ``choose_config``.
+
+    Raises:
+        ValueError: An id out of range, a slot named twice, a wrong number of slot ids, slots of
+            another shape or on a device that can't be reached, or a table in host memory (unless
+            Triton interprets).
+    """
+    _transfer(table, block_ids, slots, slot_ids, first_block, config, "gather")
+
+
+def scatter_pages(
+    table: PageTable,
+    block_ids: Ids,
+    slots: torch.Tensor,
+    slot_ids: Ids | None = None,
+    first_block: int = 0,
+    *,
+    config: KernelConfig | None = None,
+) -> None:
+    """Copy the pages of a run of blocks out of the slots of its chunks; see ``gather_pages``.
+
+    Block ids must be distinct, slot ids may repeat. Every other byte of the cache stays as it is.
+    """
+    _transfer(table, block_ids, slots, slot_ids, first_block, config, "scatter")
+
+
+def launch_gather(
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+    config: KernelConfig,
+) -> None:
+    """Queue ``gather_pages`` for ids that were checked before; nothing is checked here.
+
+    Args:
+        block_ids, slot_ids: Contiguous int64 tensors on the device or in mapped pinned host
+            memory. The caller leaves them as they are until the launch has run.
+        first_block: Position of the first block in its chunk, in ``[0, B)``.
+    """
+    _launch(_gather_kernel, table, block_ids, slots, slot_ids, first_block, config)
+
+
+def launch_scatter(
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+    config: KernelConfig,
+) -> None:
+    """Queue ``scatter_pages`` for ids that were checked before; see ``launch_gather``."""
+    _launch(_scatter_kernel, table, block_ids, slots, slot_ids, first_block, config)
+
+
+def prepare(
+    table: PageTable, slots_alignment: int = 16, config: KernelConfig | None = None
+) -> None:
+    """Do ahead of the first transfer what blocks the host: compile both kernels, load them, and
+    put the addresses of ``table`` on its device.
+
+    Args:
+        slots_alignment: Largest of 16, 8, 4, 2, 1 that divides the address of the slots and the
+            bytes between them. Slots of another alignment are prepared on their first launch.
+        config: What the launches will use; None for both of ``choose_config``.
+    """
+    _check_table(table)
+    backend = _backend(table)
+    configs = (
+        [config]
+        if config is not None
+        else [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
+    )
+    for each in configs:
+        for spec, _ in _plan(table, slots_alignment, each):
+            for kernel in (_gather_kernel, _scatter_kernel):
+                if not compiling.is_interpreted(kernel):
+                    compiling.load_kernel(kernel, spec, table.device)
+
+
+def kernel_specs(
+    table: PageTable, slots_alignment: int, config: KernelConfig
+) -> list[compiling.KernelSpec]:
+    """What a transfer of ``table`` launches: one kernel for each alignment class, widest first."""
+    return [spec for spec, _ in _strips(table, slots_alignment, config)]
+
+
+def _transfer(
+    table: PageTable,
+    block_ids: Ids,
+    slots: torch.Tensor,
+    slot_ids: Ids | None,
+    first_block: int,
+    config: KernelConfig | None,
+    direction: Direction,
+) -> None:
+    _check_table(table)
+    check_slots(table, slots)
+    zero_copy = slots.device != table.device
+    if zero_copy and not (slots.device.type == "cpu" and slots.is_pinned()):
+        raise ValueError(
+            f"slots: expected a tensor on {table.device} or in pinned host memory, got one on "
+            f"{slots.device}{'' if slots.device.type != 'cpu' else ' that is not pinned'}"
+        )
+    run = check_run(table, block_ids, slots.shape[0], slot_ids, first_block, direction=direction)
+    if config is None:
+        config = choose_config(zero_copy=zero_copy, backend=_backend(table))
+    blocks = run.block_ids.to(table.device)
+    chunk_slots = run.slot_ids.to(table.device)
+    kernel = _gather_kernel if direction == "gather" else _scatter_kernel
+    _launch(kernel, table, blocks, slots, chunk_slots, run.first_block, config)
+
+
+def _launch(
+    kernel: Any,
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+    config: KernelConfig,
+) -> None:
+    num_blocks = block_ids.shape[0]
+    if num_blocks == 0:
+        return
+    address = slots.data_ptr()
+    # The stride of a single row takes part in no address.
+    stride_slot = slots.stride(0) if slots.shape[0] > 1 else 0
+    for spec, strips in _plan(table, alignment_of(address, stride_slot), config):
+        num_strips = strips.shape[0]
+        num_tiles = num_strips * -(-num_blocks // spec.pages)
+        if num_tiles + config.programs >= 2**31:
+            raise ValueError(
+                f"block_ids: expected fewer than 2**31 tiles a launch, got {num_tiles} for "
+                f"{num_blocks} blocks"
+            )
+        tiles_per_program = -(-num_tiles // min(config.programs, num_tiles))
+        arguments = (
+            strips.data_ptr(),
+            num_strips,
+            block_ids.data_ptr(),
+            num_blocks,
+            address,
+            stride_slot,
+            slot_ids.data_ptr(),
+            first_block,
+            table.blocks_per_chunk,
+            tiles_per_program,
+        )
+        programs = -(-num_tiles // tiles_per_program)
+        compiling.launch(kernel, spec, table.device, programs, arguments)
+
+
+def _plan(
+    table: PageTable, slots_alignment: int, config: KernelConfig
+) -> list[tuple[compiling.KernelSpec, torch.Tensor]]:
+    """Kernels of a transfer and their strips on the device; made once, kept with the table."""
+    key = slots_alignment, config.warps, config.tile_bytes
+    plan = table.launch_plans.get(key)
+    if plan is None:
+        plan = [
+            (spec, torch.from_numpy(strips).to(table.device))
+            for spec, strips in _strips(table, slots_alignment, config)
+        ]
+        table.launch_plans[key] = plan
+    return plan
+
+
+def _strips(
+    table: PageTable, slots_alignment: int, config: KernelConfig
+) -> list[tuple[compiling.KernelSpec, npt.NDArray[np.int64]]]:
+    """Cut the pages of each alignment class into strips, int64 ``[num_strips, 5]``."""
+    plan = []
+    words = [min(row.alignment, slots_alignment) for row in table.pages]
+    for word_bytes in sorted(set(words), reverse=True):
+        rows = [row for row, word in zip(table.pages, words, strict=True) if word == word_bytes]
+        item = min(word_bytes, 8)
+        # As many elements a thread for narrow words as for wide ones: registers are the limit.
+        tile = max(1, config.tile_bytes // 8)
+        width, exact = _strip_width([row.page_bytes // item for row in rows], item, tile)
+        pages = max(1, (tile if exact else tile // 2) // width)
+        strips = [
+            (
+                row.view.data_ptr() + start,
+                row.block_stride,
+                min(width, (row.page_bytes - start) // item),
+                row.offset + start,
+                row.pitch,
+            )
+            for row in rows
+            for start in range(0, row.page_bytes, width * item)
+        ]
+        spec = compiling.KernelSpec(word_bytes, pages, width, exact, config.warps)
+        plan.append((spec, np.array(strips, dtype=np.int64)))
+    return plan
+
+
+def _strip_width(page_elements: list[int], item: int, tile: int) -> tuple[int, bool]:
+    """Elements of a strip for pages of so many elements of ``item`` bytes, and whether every strip
+    is full, so that no mask over words is needed."""
+    common = 1 << 62
+    for elements in page_elements:
+        common = min(common, elements & -elements)
+    if common * item >= 512 or all(elements == common for elements in page_elements):
+        return min(common, tile), True
+    # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
+    # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
+    width = min(tile // 2, triton.next_power_of_2(max(page_elements)))
+    best, least = width, 0
+    while True:
+        padded = sum(-(-elements // width) * width for elements in page_elements)
+        if least == 0 or padded < least:
+            best, least = width, padded
+        if padded * 8 <= sum(page_elements) * 9 or width * item <= 128:
+            return best, False
+        width //= 2
+
+
+def _check_table(table: PageTable) -> None:
+    if table.device.type != "cuda" and not compiling.is_interpreted(_gather_kernel):
+        raise ValueError(
+            f"table: expected tensors on a GPU, got tensors on {table.device}; pages in host "
+            f"memory are moved by triton_offload.kernels.reference"
+        )
+
+
+def _backend(table: PageTable) -> str:
+    if compiling.is_interpreted(_gather_kernel):
+        return "cuda"
+    return str(compiling.device_target(table.device).backend)

@@ -1,0 +1,23 @@
+"""Devices behind one seam (`base.Device`)."""
+
+from __future__ import annotations
+
+import torch
+
+from triton_offload.device.base import Device, DeviceLostError
+
+
+def device_for(device: torch.device) -> Device:
+    """The seam for tensors on `device`; raises ValueError for a kind that is not supported."""
+    if device.type == "cpu":
+        from triton_offload.device.host import HostDevice
+
+        return HostDevice()
+    if device.type == "cuda":  # torch calls ROCm "cuda" too
+        from triton_offload.device.cuda import CUDADevice
+
+        return CUDADevice(device)
+    raise ValueError(f"device: expected a cpu or cuda tensor, got one on {device}")
+
+
+__all__ = ["Device", "DeviceLostError", "device_for"]

@@ -1,0 +1,123 @@
+"""The device seam: all that a transfer needs of a device, and nothing else.
+
+A stream runs what it is given in order; streams order each other by events alone. Every method
+that takes a stream only queues and returns. The rules are CUDA's:
+
+* `wait` binds the latest `record` of the event at the time of the call; an event that was never
+  recorded does not block; `query` sees the latest record.
+* A copy reads its source when it runs, not when it is queued.
+* `wait` orders and does no more: it hands no failure on. What failed on a stream is raised by
+  `query` and `synchronize` of the first event recorded there afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from triton_offload.kernels.table import PageTable
+from triton_offload.specs import Ids
+
+# Opaque handles: each device has its own (torch.cuda.Stream, a thread with a queue, a record of
+# the simulator), and only that device looks inside.
+Stream = Any
+Event = Any
+
+
+class DeviceLostError(RuntimeError):
+    """The device reports an error that nothing queued on it will survive."""
+
+
+class Device(Protocol):
+    """What a transfer asks of a device."""
+
+    torch_device: torch.device
+    name: str
+    #: whether a kernel may read and write registered host memory
+    maps_host_memory: bool
+
+    # -- streams and events --
+
+    def current_stream(self) -> Stream | None:
+        """The calling thread's compute stream; None where compute is done when it returns."""
+
+    def capturing(self) -> bool:
+        """Whether the calling thread's stream captures a graph: nothing may be queued then."""
+
+    def new_stream(self, name: str, *, high_priority: bool = False) -> Stream: ...
+
+    def close_stream(self, stream: Stream) -> None:
+        """Drain the stream and free it."""
+
+    def new_event(self, *, timed: bool = False) -> Event: ...
+
+    def record(self, event: Event, stream: Stream) -> None: ...
+
+    def wait(self, stream: Stream, event: Event) -> None: ...
+
+    def query(self, event: Event) -> bool:
+        """Whether the latest record has been reached. Raises what failed before it."""
+
+    def synchronize(self, event: Event, timeout: float | None) -> None:
+        """Block the host until then. Raises TimeoutError after `timeout` seconds."""
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        """Seconds between two timed events that have both been reached."""
+
+    # -- memory: every buffer is a one-dimensional uint8 tensor --
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """Device memory, uninitialised."""
+
+    def empty_indices(self, count: int) -> torch.Tensor:
+        """int64 [count] in host memory that kernels of the device can read."""
+
+    def register(self, host: torch.Tensor) -> bool:
+        """Pin host memory for the device; False where it can't. Safe on any thread."""
+
+    def unregister(self, host: torch.Tensor) -> None: ...
+
+    # -- work --
+
+    def fill_zero(self, buffer: torch.Tensor, stream: Stream) -> None:
+        """Zero a contiguous device buffer."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        """Copy uint8 [rows, width] or [width]; rows may lie apart on either side."""
+
+    def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: Stream) -> None:
+        """Copy `sizes[i]` bytes from address `src[i]` to `dst[i]`, in any order among them."""
+
+    def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
+        """Compile and load the kernels for these operands; blocks, at construction only."""
+
+    def gather(
+        self,
+        table: PageTable,
+        block_ids: torch.Tensor,
+        slots: torch.Tensor,
+        slot_ids: torch.Tensor,
+        first_block: int,
+        stream: Stream,
+        *,
+        zero_copy: bool,
+    ) -> None:
+        """Pages to slots (see `kernels.pages.gather_pages`), ids already checked.
+
+        The id tensors come from `empty_indices` or lie on the device, and stay as they are until
+        the work is done.
+        """
+
+    def scatter(
+        self,
+        table: PageTable,
+        block_ids: torch.Tensor,
+        slots: torch.Tensor,
+        slot_ids: torch.Tensor,
+        first_block: int,
+        stream: Stream,
+        *,
+        zero_copy: bool,
+    ) -> None:
+        """Slots to pages, the other way."""

@@ -1,0 +1,347 @@
+"""A lane: jobs of one direction in submission order, cut into segments and queued ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from triton_offload.calibration import Path, PathTable
+from triton_offload.device.base import Device, DeviceLostError, Event
+from triton_offload.layout import CacheLayout, GroupRun
+from triton_offload.paths import Gate, PathQueue, Queued, Segment, SlotMarks
+from triton_offload.specs import Direction, TransferResult, TransferStatus
+from triton_offload.staging import IndexRing
+
+# Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
+# is counted before it is known how many operations it needs.
+_MAX_QUEUED_OPS = 600
+
+# Where a segment goes when its path could not be queued: from kernels to the copy engine alone,
+# and back. A copy engine's segments fit a staging buffer for that (`PathQueue.max_chunks`).
+_FALLBACK = {
+    Path.STAGED: Path.COPY_ENGINE,
+    Path.ZERO_COPY: Path.COPY_ENGINE,
+    Path.COPY_ENGINE: Path.STAGED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One transfer, from submission to its report.
+
+    `compute`: what was queued on the engine's stream at submission. `after`: jobs of other lanes
+    on the same slots. `queued`: all of it is queued, or it has failed. `finished`: nothing of it
+    touches a page or a slot any more, and `result` says how it ended.
+    """
+
+    job_id: int
+    direction: Direction
+    runs: list[GroupRun]
+    compute: Event | None
+    after: list[Job]
+    lane: Lane
+    sequence: int
+    pieces: Iterator[_Piece] | None = None
+    held: _Piece | None = None  # taken from `pieces`, not queued yet
+    pages: Gate | None = None
+    slots: Gate | None = None
+    start: Event | None = None
+    end: Event | None = None
+    last: Queued | None = None
+    queued: bool = False
+    finished: bool = False
+    cancelled: bool = False
+    error: BaseException | None = None
+    result: TransferResult | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(run.num_bytes for run in self.runs)
+
+    @property
+    def started(self) -> bool:
+        return self.start is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one segment is made of, in whatever path it crosses."""
+
+    path: Path
+    run: GroupRun
+    marks: SlotMarks
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What the lane waits for next: a queued segment, or the end of a job (`ends`)."""
+
+    job: Job
+    events: tuple[Event, ...]
+    done: Event
+    num_ops: int
+    num_bytes: int
+    holds_ids: bool
+    ends: bool
+
+
+class Lane:
+    """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
+
+    `mark_slots` is asked once for every piece, in the order in which they are queued.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layout: CacheLayout,
+        direction: Direction,
+        paths: PathQueue,
+        table: PathTable,
+        *,
+        max_indices: int,
+        window_bytes: int | None,
+        zero_copy_allowed: Callable[[], bool],
+        mark_slots: Callable[[GroupRun], SlotMarks],
+    ) -> None:
+        self.direction = direction
+        self.paths = paths
+        self.completed = 0  # the sequence number up to which jobs are finished
+        self.finished: list[Job] = []  # to be reported
+        self.lost: BaseException | None = None
+        self._device = device
+        self._layout = layout
+        self._table = table
+        self._window_bytes = window_bytes
+        self._zero_copy_allowed = zero_copy_allowed
+        self._mark_slots = mark_slots
+        self._indices = IndexRing(device, max_indices)
+        self._max_segment_indices = max_indices // 4
+        self._backlog: deque[Job] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+        self._num_ops = 0
+        self._num_bytes = 0
+        self._sequence = 0
+        self._broken: set[Path] = set()
+        self._last_path: Path | None = None
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._backlog)
+
+    @property
+    def next_event(self) -> Event | None:
+        """The event that the oldest work in flight ends with."""
+        return self._in_flight[0].done if self._in_flight else None
+
+    def submit(
+        self, job_id: int, runs: list[GroupRun], compute: Event | None, after: list[Job]
+    ) -> Job:
+        """Accept a job; `pump` queues it."""
+        self._sequence += 1
+        job = Job(job_id, self.direction, runs, compute, after, self, self._sequence)
+        self._backlog.append(job)
+        return job
+
+    def cancel(self, job: Job) -> bool:
+        """Take a job back that nothing has been queued of."""
+        if job.started or job.queued or job.cancelled:
+            return False
+        job.cancelled = True
+        return True
+
+    def pump(self) -> None:
+        """Retire what is done and queue what fits. Never blocks on the device."""
+        self._retire()
+        while self._backlog:
+            job = self._backlog[0]
+            if self.lost is not None:
+                job.error = job.error or DeviceLostError(f"the device was lost: {self.lost}")
+            elif not job.cancelled:
+                if not all(other.queued for other in job.after):
+                    return  # its events are not recorded yet
+                try:
+                    if not self._queue_job(job):
+                        return
+                except DeviceLostError:
+                    continue
+            self._backlog.popleft()
+            self._end(job)
+
+    def _queue_job(self, job: Job) -> bool:
+        """Queue the job's segments; False where the rest must wait for room."""
+        if not job.started:
+            self._start(job)
+        assert job.pieces is not None
+        while job.error is None:
+            job.held = job.held or next(job.pieces, None)
+            if job.held is None:
+                return True
+            if not self._has_room(job.held.run) or not self._queue_piece(job, job.held):
+                return False
+        return True
+
+    def _start(self, job: Job) -> None:
+        try:
+            job.start = self._device.new_event(timed=True)
+            # The stream that the job's first operation is queued on tells when it starts.
+            first = self.paths.copies if self._starts_on_copies(job) else self.paths.kernels
+            self._device.record(job.start, first)
+        except Exception as error:
+            self._lose(error)
+        job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
+        ends = [other.end for other in job.after if not other.finished and other.end is not None]
+        job.slots = Gate(self._device, ends)
+        job.pieces = self._split(job)
+
+    def _starts_on_copies(self, job: Job) -> bool:
+        if not job.runs:
+            return False
+        path = self._choose(job.runs[0])
+        return path is Path.COPY_ENGINE or (
+            path is Path.STAGED and self.direction is Direction.LOAD
+        )
+
+    def _split(self, job: Job) -> Iterator[_Piece]:
+        for run in job.runs:
+            path = self._choose(run)
+            most = max(1, self._max_segment_indices // (self._layout.blocks_per_chunk + 1))
+            for part in run.split(min(most, self.paths.max_chunks(path, run))):
+                yield _Piece(path, part, self._mark_slots(part))
+
+    def _choose(self, run: GroupRun) -> Path:
+        table = run.group.table
+        pages = len(run.block_ids) * len(table.pages)
+        path = self._table.choose(
+            self.direction, table.bytes_per_block // len(table.pages), pages
+        )
+        return self._allowed(path)
+
+    def _allowed(self, path: Path) -> Path:
+        if path is Path.ZERO_COPY and not self._zero_copy_allowed():
+            path = Path.STAGED
+        return _FALLBACK[path] if path in self._broken else path
+
+    def _has_room(self, run: GroupRun) -> bool:
+        if not self._in_flight:
+            return True
+        if self._window_bytes is not None and self._num_bytes + run.num_bytes > self._window_bytes:
+            return False
+        return self._num_ops < _MAX_QUEUED_OPS
+
+    def _queue_piece(self, job: Job, piece: _Piece) -> bool:
+        """Queue one segment; False where its ids must wait for room."""
+        assert job.pages is not None and job.slots is not None
+        run = piece.run
+        ids = self._indices.take(run.block_ids, run.slot_ids)
+        if ids is None:
+            return False
+        path = self._allowed(piece.path)
+        try:
+            if self._last_path not in (None, path):
+                self.paths.settle()  # rule 5, where neighbours end on different streams
+            self._last_path = path
+            segment = Segment(run, ids[0], ids[1], piece.marks)
+            queued = self.paths.queue(path, segment, job.pages, job.slots)
+        except Exception as error:
+            self._abandon(job, path, error)
+            return True
+        job.held = None
+        job.last = queued
+        self._fly(
+            _InFlight(job, queued.events, queued.done, queued.num_ops, run.num_bytes, True, False)
+        )
+        return True
+
+    def _abandon(self, job: Job, path: Path, error: Exception) -> None:
+        """A segment was not queued, or only in part: settle, and let it try another path once."""
+        try:
+            ends = self.paths.settle()
+        except Exception as settle_error:
+            self._lose(settle_error)
+        self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
+        if _FALLBACK[path] in self._broken:
+            job.error = error
+        else:
+            self._broken.add(path)
+
+    def _end(self, job: Job) -> None:
+        """Everything of the job is queued: mark the end, which later jobs may wait for."""
+        job.queued = True
+        if self.lost is not None:
+            self._finish(job)
+            return
+        try:
+            ends = self.paths.settle() if job.error is not None else ()
+            job.end = self._device.new_event(timed=True)
+            stream = self.paths.kernels if self._ends_on_kernels(job) else self.paths.copies
+            self._device.record(job.end, stream)
+        except Exception as error:
+            job.error = job.error or error
+            self.lost = self.lost or error
+            self._finish(job)
+            return
+        self._fly(_InFlight(job, (*ends, job.end), job.end, 3, 0, False, True))
+
+    def _ends_on_kernels(self, job: Job) -> bool:
+        if self._last_path is Path.STAGED:
+            return self.direction is Direction.LOAD
+        return self._last_path is Path.ZERO_COPY
+
+    def _fly(self, work: _InFlight) -> None:
+        self._in_flight.append(work)
+        self._num_ops += work.num_ops
+        self._num_bytes += work.num_bytes
+
+    def _retire(self) -> None:
+        while self._in_flight:
+            work = self._in_flight[0]
+            if self.lost is None:
+                try:
+                    if not self._device.query(work.done):
+                        return
+                except Exception as error:
+                    work.job.error = work.job.error or error
+                    if isinstance(error, DeviceLostError):
+                        self.lost = error
+            for event in work.events:
+                self._note_failure(work.job, event)
+            self._in_flight.popleft()
+            self._num_ops -= work.num_ops
+            self._num_bytes -= work.num_bytes
+            if work.holds_ids:
+                self._indices.free()
+            if work.ends:
+                self._finish(work.job)
+
+    def _note_failure(self, job: Job, event: Event) -> None:
+        if self.lost is not None:
+            job.error = job.error or self.lost
+            return
+        try:
+            self._device.query(event)
+        except Exception as error:
+            job.error = job.error or error
+
+    def _finish(self, job: Job) -> None:
+        job.finished = True
+        self.completed = max(self.completed, job.sequence)
+        if job.cancelled:
+            job.result = TransferResult(job.job_id, TransferStatus.CANCELLED)
+        elif job.error is not None:
+            job.result = TransferResult(job.job_id, TransferStatus.FAILED, error=job.error)
+        else:
+            seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
+            job.result = TransferResult(
+                job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds
+            )
+        job.pieces = None
+        job.after.clear()
+        self.finished.append(job)
+
+    def _lose(self, error: BaseException) -> None:
+        """Not even an event can be recorded: nothing queued here will ever be known to end."""
+        self.lost = error
+        raise DeviceLostError(f"the device was lost: {error}") from error
+

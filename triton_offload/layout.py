@@ -1,0 +1,186 @@
+"""What moves: the cache tensors, their groups, and a job's ids checked against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triton_offload.kernels.table import ByteRun, PageTable, check_ids
+from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """One KV cache group: its pages in the slot, and in a staging buffer.
+
+    `table` places the pages in a slot of the host pool; `packed` places them in a staging buffer,
+    where only the group's own tensors take room; `runs` are the byte ranges that the two share.
+    """
+
+    index: int
+    table: PageTable
+    packed: PageTable
+    runs: tuple[ByteRun, ...]
+
+    @property
+    def fills_slot(self) -> bool:
+        return len(self.runs) == 1 and self.runs[0].num_bytes == self.table.slot_bytes
+
+
+class CacheLayout:
+    """The tensors of a KV cache and how its groups name them.
+
+    `tensors`: `[num_blocks, ...]` each, all on one device; they stay the caller's and must live
+    as long as this does. A tensor's whole page has a place in the slot (DESIGN: slot format).
+    `groups[g]`: `(tensor index, page bytes)` for every page of the group's blocks; page bytes may
+    be less than the tensor's page where the engine pads it. None: one group of all tensors.
+    Groups may name the same tensor.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        blocks_per_chunk: int = 1,
+        groups: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
+        table = PageTable(tensors, blocks_per_chunk)
+        self.blocks_per_chunk = blocks_per_chunk
+        self.slot_bytes = table.slot_bytes
+        self.device = table.device
+        if groups is None:
+            tables = [table]
+            members = [{i: page.page_bytes for i, page in enumerate(table.pages)}]
+        else:
+            if not groups:
+                raise ValueError("groups: expected at least one group, got none")
+            tables = [table.group(group) for group in groups]
+            members = [dict(group) for group in groups]
+        self.groups = tuple(
+            GroupLayout(i, t, t.packed(), t.runs) for i, t in enumerate(tables)
+        )
+        # Groups whose blocks may be the same bytes: a load must not write one twice.
+        self._overlaps = tuple(
+            tuple(j for j in range(i) if members[i].keys() & members[j].keys())
+            for i in range(len(members))
+        )
+        #: [g][h]: some bytes that a chunk of group h wrote are not those of a chunk of group g
+        self.leaves_stale = np.array(
+            [[any(g.get(i, 0) < n for i, n in h.items()) for h in members] for g in members]
+        )
+
+    def plan(
+        self,
+        direction: Direction,
+        device_spec: GPULoadStoreSpec,
+        host_spec: CPULoadStoreSpec,
+        num_slots: int,
+    ) -> list[GroupRun]:
+        """The job's runs, one a group that takes part, all ids checked.
+
+        Costs O(blocks) and touches no tensor. Raises ValueError naming the argument.
+        """
+        sizes = device_spec.group_sizes
+        if len(sizes) != len(self.groups):
+            raise ValueError(
+                f"group_sizes: expected one size for each of {len(self.groups)} groups, "
+                f"got {len(sizes)}"
+            )
+        slot_ids, fresh = host_spec.slot_ids, host_spec.fresh
+        check_ids("slot_ids", slot_ids, num_slots, distinct=direction is Direction.STORE)
+        runs: list[GroupRun] = []
+        block, chunk = 0, 0
+        for group, size, index in zip(self.groups, sizes, device_spec.block_indices, strict=True):
+            if size == 0:
+                continue
+            first = index % self.blocks_per_chunk
+            chunks = -(-(first + size) // self.blocks_per_chunk)
+            if chunk + chunks > len(slot_ids):
+                break
+            runs.append(
+                GroupRun(
+                    group,
+                    device_spec.block_ids[block : block + size],
+                    slot_ids[chunk : chunk + chunks],
+                    first,
+                    None if fresh is None else fresh[chunk : chunk + chunks],
+                )
+            )
+            block += size
+            chunk += chunks
+        if block != len(device_spec.block_ids) or chunk != len(slot_ids):
+            needed = sum(
+                -(-(i % self.blocks_per_chunk + n) // self.blocks_per_chunk)
+                for n, i in zip(sizes, device_spec.block_indices, strict=True)
+                if n
+            )
+            raise ValueError(
+                f"slot_ids: expected {needed} slots for these blocks at {self.blocks_per_chunk} "
+                f"blocks a chunk, got {len(slot_ids)}"
+            )
+        loads = direction is Direction.LOAD
+        for run in runs:
+            check_ids("block_ids", run.block_ids, run.group.table.num_blocks, distinct=loads)
+        if loads:
+            self._check_shared_destinations(runs)
+        return runs
+
+    def _check_shared_destinations(self, runs: list[GroupRun]) -> None:
+        """Blocks of different groups must be different bytes too."""
+        of_group = {run.group.index: run.block_ids for run in runs}
+        for index, block_ids in of_group.items():
+            for other in self._overlaps[index]:
+                both = np.intersect1d(block_ids, of_group.get(other, block_ids[:0]))
+                if len(both):
+                    raise ValueError(
+                        f"block_ids: expected distinct destinations, got block {both[0]} in "
+                        f"groups {other} and {index}, which share a tensor"
+                    )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRun:
+    """A job's consecutive blocks of one group, with the slots that hold their chunks.
+
+    Block i of the run lies in `slot_ids[(first + i) // B]` at position `(first + i) % B`, with
+    `first < B` the place of the run's first block in its first chunk.
+    """
+
+    group: GroupLayout
+    block_ids: Ids
+    slot_ids: Ids
+    first: int
+    fresh: npt.NDArray[np.bool_] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.block_ids) * self.group.table.bytes_per_block
+
+    def split(self, max_chunks: int) -> Iterator[GroupRun]:
+        """The run in pieces of at most `max_chunks` chunks."""
+        span = self.group.table.blocks_per_chunk
+        for chunk in range(0, len(self.slot_ids), max_chunks):
+            end = min(chunk + max_chunks, len(self.slot_ids))
+            blocks = slice(max(0, chunk * span - self.first), end * span - self.first)
+            yield GroupRun(
+                self.group,
+                self.block_ids[blocks],
+                self.slot_ids[chunk:end],
+                self.first if chunk == 0 else 0,
+                None if self.fresh is None else self.fresh[chunk:end],
+            )
+
+    def blocks_of_chunk(self, chunk: int) -> tuple[int, int]:
+        """The positions [begin, end) of the chunk that the run holds."""
+        span = self.group.table.blocks_per_chunk
+        begin = self.first if chunk == 0 else 0
+        return begin, min(span, self.first + len(self.block_ids) - chunk * span)
+
+    def partial_chunks(self) -> list[int]:
+        """The chunks that the run does not fill: at most the first and the last."""
+        span = self.group.table.blocks_per_chunk
+        ends = {0, len(self.slot_ids) - 1}
+        return [chunk for chunk in sorted(ends) if self.blocks_of_chunk(chunk) != (0, span)]

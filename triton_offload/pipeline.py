@@ -1,0 +1,317 @@
+"""All lanes over one pool: one lock, the order of jobs on the same slots, the feeder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from triton_offload.calibration import CUDA_PATHS, HOST_PATHS, Path, PathTable
+from triton_offload.device import Device
+from triton_offload.device.base import Stream
+from triton_offload.host_pool import HostPool
+from triton_offload.lane import Job, Lane
+from triton_offload.layout import CacheLayout, GroupRun
+from triton_offload.paths import PathQueue, SlotMarks
+from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+
+_FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
+_POLL_SECONDS = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """Sizes of the worker side.
+
+    `path`: every segment crosses by it; None: `paths` chooses. `buffer_bytes` and `num_buffers`:
+    each lane's staging ring; a buffer holds at least one chunk. `max_indices`: ids in flight a
+    lane. `window_bytes`: bytes queued ahead a lane, for cards whose copy engine serves first in,
+    first out; it costs throughput, None: no bound.
+    """
+
+    path: Path | None = None
+    paths: PathTable | None = None
+    buffer_bytes: int = 16 << 20
+    num_buffers: int = 3
+    max_indices: int = 1 << 20
+    window_bytes: int | None = None
+
+
+class Pipeline:
+    """Moves jobs between a cache and a pool, in three lanes: stores, loads, expedited loads.
+
+    Every method may be called from any thread, and none but `wait`, `wait_queued` and `shutdown`
+    blocks on the device.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        pool: HostPool,
+        options: PipelineOptions = PipelineOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        if pool.slot_bytes < layout.slot_bytes:
+            raise ValueError(
+                f"pool: expected slots of at least {layout.slot_bytes} bytes, "
+                f"got {pool.slot_bytes}"
+            )
+        self.layout = layout
+        self.pool = pool
+        self._device: Device = pool.device
+        self._lock = threading.RLock()
+        self._closed = False
+        self._max_indices = options.max_indices
+        table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
+        if options.path is not None:
+            table = PathTable(options.path)
+        # The group whose chunk each slot holds; -1: zeros, as a pool begins.
+        self._holder = np.full(pool.num_slots, -1, dtype=np.int32)
+        names = {
+            "store": Direction.STORE,
+            "load": Direction.LOAD,
+            "expedited": Direction.LOAD,
+        }
+        buffer_bytes = max(
+            options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
+        )
+        self._lanes: dict[str, Lane] = {}
+        for name, direction in names.items():
+            # Ordering rule 4: every lane has its own ring, so that none starves another.
+            paths = PathQueue(
+                self._device,
+                layout,
+                pool,
+                direction,
+                f"triton-offload-{name}",
+                num_buffers=options.num_buffers,
+                buffer_bytes=buffer_bytes,
+            )
+            self._lanes[name] = Lane(
+                self._device,
+                layout,
+                direction,
+                paths,
+                table,
+                max_indices=options.max_indices,
+                window_bytes=options.window_bytes,
+                zero_copy_allowed=self._zero_copy_allowed,
+                mark_slots=self._mark_slots if direction is Direction.STORE else _no_marks,
+            )
+        # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
+        self._last_on_slot = {
+            name: np.zeros(pool.num_slots, dtype=np.int64) for name in self._lanes
+        }
+        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in self._lanes}
+        self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
+        self._backlogged = threading.Condition(self._lock)
+        self._feeder = threading.Thread(
+            target=self._feed, name="triton-offload-feeder", daemon=True
+        )
+        self._feeder.start()
+
+    def submit(
+        self,
+        job_id: int,
+        direction: Direction,
+        device_spec: GPULoadStoreSpec,
+        host_spec: CPULoadStoreSpec,
+        *,
+        expedited: bool = False,
+        stream: Stream | None = None,
+    ) -> Job:
+        """Accept a job. `stream`: the engine's compute stream, default: the caller's current one.
+
+        Raises ValueError for ids that are out of range or written twice, RuntimeError while the
+        stream captures a graph or after `shutdown`; nothing is queued then.
+        """
+        runs = self.layout.plan(direction, device_spec, host_spec, self.pool.num_slots)
+        if self._device.capturing():
+            raise RuntimeError(
+                "the current stream captures a graph: expected transfers to be submitted "
+                "outside of it"
+            )
+        # Ordering rules 1 and 2: recorded here, on the caller's thread.
+        stream = self._device.current_stream() if stream is None else stream
+        compute = None
+        if stream is not None:
+            compute = self._device.new_event()
+            self._device.record(compute, stream)
+        name = "store"
+        if direction is Direction.LOAD:
+            name = "expedited" if expedited else "load"
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the worker is shut down")
+            after = self._order_on_slots(name, host_spec.slot_ids)
+            job = self._lanes[name].submit(job_id, runs, compute, after)
+            self._last_on_slot[name][host_spec.slot_ids] = job.sequence
+            self._jobs_of_lane[name][job.sequence] = job
+            self._pump()
+            if any(lane.has_backlog for lane in self._lanes.values()):
+                self._backlogged.notify()
+            return job
+
+    def cancel(self, job: Job) -> bool:
+        """Take a job back, if nothing of it has been queued; it is reported as cancelled."""
+        with self._lock:
+            return job.lane.cancel(job)
+
+    def take_finished(self, direction: Direction) -> list[Job]:
+        """Jobs that finished since the last call, each lane's in order."""
+        with self._lock:
+            self._pump()
+            taken, self._finished[direction] = self._finished[direction], []
+            return taken
+
+    def wait(self, job: Job, timeout: float | None = None) -> None:
+        """Block until the job is finished; raises TimeoutError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                self._pump()
+                if job.finished:
+                    return
+                event = job.lane.next_event
+            self._block(event, deadline, f"job {job.job_id} was not done within {timeout} s")
+
+    def released(self, job: Job) -> bool:
+        """Whether the job's pages are the engine's again (ordering rule 3)."""
+        with self._lock:
+            self._pump()
+            if job.finished:
+                return True
+            if not job.queued or job.last is None:
+                return False
+            try:
+                return self._device.query(job.last.released)
+            except Exception:
+                return False  # failed: its pages are free when it is finished
+
+    def wait_on(self, job: Job, stream: Stream, timeout: float | None = None) -> None:
+        """Let `stream` follow the job's release, without the host.
+
+        Blocks only while part of the job is still in the backlog, for then its last event is not
+        recorded yet.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                self._pump()
+                if job.finished:
+                    return
+                if job.queued:
+                    event = job.last.released if job.last is not None else job.end
+                    if job.error is not None:
+                        event = job.end
+                    self._device.wait(stream, event)
+                    return
+                head = job.lane.next_event
+            self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Refuse new jobs, take back what has not started, drain the rest, stop every thread.
+
+        Idempotent. Raises TimeoutError where the device does not finish; what it still holds then
+        stays allocated.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._backlogged.notify()
+            for jobs in self._jobs_of_lane.values():
+                for job in jobs.values():
+                    job.lane.cancel(job)
+        self._feeder.join()
+        for job in self._unfinished():
+            self.wait(job, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        for lane in self._lanes.values():
+            lane.paths.close()
+
+    # -- under the lock --
+
+    def _pump(self) -> None:
+        for name, lane in self._lanes.items():
+            lane.pump()
+            jobs = self._jobs_of_lane[name]
+            for job in lane.finished:
+                del jobs[job.sequence]
+                self._finished[job.direction].append(job)
+            lane.finished.clear()
+
+    def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
+        """Ordering rule 6: the jobs that must be done with these slots first.
+
+        A lane's jobs end in order, so that its last one on any of the slots stands for all.
+        """
+        after: list[Job] = []
+        if len(slot_ids) == 0:
+            return after
+        for other in list(self._lanes) if name == "store" else ["store"]:
+            last = int(self._last_on_slot[other][slot_ids].max())
+            job = self._jobs_of_lane[other].get(last)
+            if job is not None:
+                after.append(job)
+        return after
+
+    def _mark_slots(self, run: GroupRun) -> SlotMarks:
+        """What a store must clear, and note whose bytes its slots hold from here on."""
+        partial = run.partial_chunks()
+        if run.fresh is None or not run.fresh.any():
+            return SlotMarks(kept=tuple(partial))
+        fresh = run.fresh
+        holder = self._holder[run.slot_ids]
+        written = holder >= 0
+        stale = np.flatnonzero(
+            fresh & written & self.layout.leaves_stale[run.group.index][np.maximum(holder, 0)]
+        )
+        self._holder[run.slot_ids[fresh]] = run.group.index
+        return SlotMarks(
+            kept=tuple(chunk for chunk in partial if not fresh[chunk]),
+            unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
+            stale=tuple(stale.tolist()),
+        )
+
+    def _zero_copy_allowed(self) -> bool:
+        return self._device.maps_host_memory and self.pool.pinned
+
+    def _unfinished(self) -> list[Job]:
+        with self._lock:
+            return [job for jobs in self._jobs_of_lane.values() for job in jobs.values()]
+
+    # -- threads --
+
+    def _block(self, event: object, deadline: float | None, message: str) -> None:
+        """Wait for `event`, or a moment where nothing is in flight, with the lock released."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError(message)
+        if event is None:
+            time.sleep(_POLL_SECONDS)
+            return
+        try:
+            self._device.synchronize(event, left)
+        except TimeoutError:
+            raise TimeoutError(message) from None
+        except Exception:
+            return  # whose failure it is, `pump` finds out and the job's result tells
+
+    def _feed(self) -> None:
+        """Ordering rule 7: queue the backlog where nobody calls."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                if not any(lane.has_backlog for lane in self._lanes.values()):
+                    self._backlogged.wait()
+                else:
+                    self._pump()
+            time.sleep(_FEEDER_SECONDS)
+
+
+def _no_marks(run: GroupRun) -> SlotMarks:
+    return SlotMarks()
+

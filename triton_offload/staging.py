@@ -1,0 +1,100 @@
+"""What a lane of transfers reuses: staging buffers, and host memory for ids."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from triton_offload.device.base import Device, Event
+from triton_offload.kernels.table import PageTable
+from triton_offload.specs import Ids
+
+
+@dataclass(slots=True)
+class StagingBuffer:
+    """Device memory that one segment at a time passes through.
+
+    `free_after`: the event of the last work on it (None: never used). `holds`: the packed table
+    of the last group that used it. Under another table stale bytes would lie in the gaps between
+    pages, and the gaps go to the pool with them.
+    """
+
+    memory: torch.Tensor
+    free_after: Event | None = None
+    holds: PageTable | None = None
+
+    def slots(self, table: PageTable) -> torch.Tensor:
+        """The buffer as uint8 `[slots that fit, slot_bytes]` of the packed table."""
+        count = len(self.memory) // table.slot_bytes
+        return self.memory[: count * table.slot_bytes].view(count, table.slot_bytes)
+
+
+class StagingRing:
+    """Buffers used in turn. The host never waits for one: streams wait for `free_after`."""
+
+    def __init__(self, device: Device, num_buffers: int, buffer_bytes: int) -> None:
+        self.buffer_bytes = buffer_bytes
+        self._buffers = [StagingBuffer(device.empty(buffer_bytes)) for _ in range(num_buffers)]
+        self._next = 0
+
+    def take(self) -> StagingBuffer:
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        return buffer
+
+
+class IndexRing:
+    """Host memory from which kernels read ids; freed in the order in which it was taken.
+
+    A copy of ids to the device would queue behind a load on the copy engine; kernels read these
+    over the link instead. The host writes here when it submits, so the memory of unfinished work
+    must not be handed out again: `take` returns None then, and the segment waits for a later call.
+    """
+
+    def __init__(self, device: Device, capacity: int) -> None:
+        self._memory = device.empty_indices(capacity)
+        self._array: Ids = self._memory.numpy()
+        self._head = 0  # where the next ids go
+        self._taken: deque[tuple[int, int]] = deque()  # [begin, end) in order
+
+    @property
+    def capacity(self) -> int:
+        return len(self._array)
+
+    def take(self, *parts: Ids) -> list[torch.Tensor] | None:
+        """Each part's ids in memory that the device reads, until the matching `free`."""
+        count = sum(map(len, parts))
+        begin = self._find(count)
+        if begin is None:
+            return None
+        tensors = []
+        place = begin
+        for part in parts:
+            np.copyto(self._array[place : place + len(part)], part)
+            tensors.append(self._memory[place : place + len(part)])
+            place += len(part)
+        self._taken.append((begin, place))
+        self._head = place
+        return tensors
+
+    def free(self) -> None:
+        """Give back the oldest that was taken."""
+        self._taken.popleft()
+        if not self._taken:
+            self._head = 0
+
+    def _find(self, count: int) -> int | None:
+        if count > self.capacity:
+            raise ValueError(f"ids: expected at most {self.capacity} in a segment, got {count}")
+        if not self._taken:
+            return 0
+        tail = self._taken[0][0]
+        if self._head > tail:
+            if self._head + count <= self.capacity:
+                return self._head
+            # `<`: a head that met the tail would look like an empty ring
+            return 0 if count < tail else None
+        return self._head if self._head + count < tail else None
