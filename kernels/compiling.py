@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from .tiling import KernelSpec
 
 # The parameters that both kernels share, as the launcher packs them. Addresses are plain
 # integers: they come from a table, and the launcher then asks no driver about pointers.
@@ -25,39 +26,6 @@ ARGUMENT_TYPES = {
     "blocks_per_chunk": "i32",
     "tiles_per_program": "i32",
 }
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """What a compiled kernel is fixed to: the shape of a tile, and how wide an access may be."""
-
-    word_bytes: int
-    """Every address and size is a multiple of it: 16, 8, 4, 2 or 1."""
-    pages: int
-    """Pages of a tile, a power of two."""
-    words: int
-    """Elements of ``element_bytes`` of each page of a tile, a power of two."""
-    exact: bool
-    """Every strip of a page has exactly ``words`` elements: no mask over them."""
-    warps: int
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a tile's element. Two 8-byte elements make a 16-byte access."""
-        return min(self.word_bytes, 8)
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes that one CTA has in flight."""
-        return self.pages * self.words * self.element_bytes
-
-    def constants(self) -> dict[str, int | bool]:
-        return {
-            "WORD_BYTES": self.word_bytes,
-            "PAGES": self.pages,
-            "WORDS": self.words,
-            "EXACT": self.exact,
-        }
 
 
 def is_interpreted(kernel: Any) -> bool:

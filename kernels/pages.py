@@ -7,58 +7,26 @@ memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from . import compiling
 from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
+from .tiling import KernelConfig, KernelSpec, choose_config, cut_into_strips
 
 __all__ = [
     "KernelConfig",
     "PageTable",
     "choose_config",
     "gather_pages",
-    "kernel_specs",
     "launch_gather",
     "launch_scatter",
     "prepare",
     "scatter_pages",
 ]
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """How a launch is cut up."""
-
-    warps: int
-    """Warps of a CTA (of 32 lanes on NVIDIA, 64 on AMD)."""
-    tile_bytes: int
-    """Bytes that a CTA has in flight where no mask over words is needed (half of it otherwise).
-    A power of two; words narrower than 8 bytes make it smaller in proportion."""
-    programs: int
-    """CTAs of a launch: how many SMs it may keep busy."""
-
-
-def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
-    """The configuration for slots in mapped host memory (``zero_copy``) or in device memory.
-
-    Args:
-        backend: ``cuda`` or ``hip``.
-
-    Zero copy wants bytes in flight: 1,024 threads with 128 bytes each are what the registers of an
-    SM hold. Staged kernels leave room beside them on the SM for the model's.
-    """
-    # Threads of a CTA are what counts; a wave of 64 lanes is two warps.
-    lanes = 2 if backend == "hip" else 1
-    if zero_copy:
-        return KernelConfig(warps=32 // lanes, tile_bytes=128 * 1024, programs=2)
-    return KernelConfig(warps=8 // lanes, tile_bytes=32 * 1024, programs=16)
 
 
 # The two kernels move the same tiles in opposite directions.
@@ -74,8 +42,8 @@ def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
 # host memory, a round trip away.
 
 
-@triton.jit
-def _gather_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _gather_kernel(  # type: ignore[no-untyped-def]
     strips,
     num_strips,
     block_ids,
@@ -95,22 +63,22 @@ def _gather_kernel(
     tile = tl.program_id(0) * tiles_per_program
     end = tl.minimum(tile + tiles_per_program, num_tiles)
     for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
-        block, place, position, live = _locate(
-            block_ids, slot_ids, slots, stride_slot, group * PAGES, first_block, num_blocks,
-            blocks_per_chunk, PAGES,
-        )  # fmt: skip
+        block, slot, position, live = _locate(
+            block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+        )
         first_tile = group * num_strips
         first_strip = tl.maximum(tile - first_tile, 0)
         for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            cache, slot, mask = _tile_pointers(
-                strips, strip, block, place, position, live, WORD_BYTES, WORDS, EXACT
-            )
+            cache, place, mask = _tile_pointers(
+                strips, strip, slots, stride_slot, block, slot, position, live,
+                WORD_BYTES, WORDS, EXACT,
+            )  # fmt: skip
             # .cg: pages are read once, L1 has no use for them.
-            tl.store(slot, tl.load(cache, mask=mask, cache_modifier=".cg"), mask=mask)
+            tl.store(place, tl.load(cache, mask=mask, cache_modifier=".cg"), mask=mask)
 
 
-@triton.jit
-def _scatter_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _scatter_kernel(  # type: ignore[no-untyped-def]
     strips,
     num_strips,
     block_ids,
@@ -130,78 +98,81 @@ def _scatter_kernel(
     tile = tl.program_id(0) * tiles_per_program
     end = tl.minimum(tile + tiles_per_program, num_tiles)
     for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
-        block, place, position, live = _locate(
-            block_ids, slot_ids, slots, stride_slot, group * PAGES, first_block, num_blocks,
-            blocks_per_chunk, PAGES,
-        )  # fmt: skip
+        block, slot, position, live = _locate(
+            block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+        )
         first_tile = group * num_strips
         first_strip = tl.maximum(tile - first_tile, 0)
         for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            cache, slot, mask = _tile_pointers(
-                strips, strip, block, place, position, live, WORD_BYTES, WORDS, EXACT
-            )
-            tl.store(cache, tl.load(slot, mask=mask, cache_modifier=".cg"), mask=mask)
+            cache, place, mask = _tile_pointers(
+                strips, strip, slots, stride_slot, block, slot, position, live,
+                WORD_BYTES, WORDS, EXACT,
+            )  # fmt: skip
+            tl.store(cache, tl.load(place, mask=mask, cache_modifier=".cg"), mask=mask)
 
 
-@triton.jit
-def _locate(
+@triton.jit  # type: ignore[untyped-decorator]
+def _locate(  # type: ignore[no-untyped-def]
     block_ids,
     slot_ids,
-    slots,
-    stride_slot,
     first_page,
     first_block,
     num_blocks,
     blocks_per_chunk,
     PAGES: tl.constexpr,  # noqa: N803
 ):
-    """Block id, slot address, position in the chunk, and whether there is such a block: [PAGES]."""
+    """Block id, slot id, position in the chunk, and whether there is such a block: [PAGES]."""
     index = first_page + tl.arange(0, PAGES)
     live = index < num_blocks
     run = first_block + index
     block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + index, mask=live, other=0)
-    chunk = run // blocks_per_chunk
-    slot = tl.load(slot_ids.to(tl.pointer_type(tl.int64)) + chunk, mask=live, other=0)
-    return block, slots + slot * stride_slot, (run % blocks_per_chunk).to(tl.int64), live
+    slot_id = slot_ids.to(tl.pointer_type(tl.int64)) + run // blocks_per_chunk
+    slot = tl.load(slot_id, mask=live, other=0)
+    # Kept in registers from strip to strip, so as narrow as ids are: they index real memory.
+    return block.to(tl.int32), slot.to(tl.int32), run % blocks_per_chunk, live
 
 
-@triton.jit
-def _tile_pointers(
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_pointers(  # type: ignore[no-untyped-def]
     strips,
     strip,
+    slots,
+    stride_slot,
     block,
-    place,
+    slot,
     position,
     live,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
 ):
-    """Pointers into the cache and into the slots, and the mask of a tile: [PAGES, WORDS]."""
+    """Pointers into the cache and the slots, and the mask: [WORDS / SPAN, PAGES, SPAN]."""
     ELEMENT_BYTES: tl.constexpr = WORD_BYTES if WORD_BYTES < 8 else 8  # noqa: N806
     if ELEMENT_BYTES == 8:
-        element: tl.constexpr = tl.int64
+        element = tl.pointer_type(tl.int64)
     elif ELEMENT_BYTES == 4:
-        element: tl.constexpr = tl.int32
+        element = tl.pointer_type(tl.int32)
     elif ELEMENT_BYTES == 2:
-        element: tl.constexpr = tl.int16
+        element = tl.pointer_type(tl.int16)
     else:
-        element: tl.constexpr = tl.int8
+        element = tl.pointer_type(tl.int8)
     row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
+    cache = tl.load(row) + block.to(tl.int64) * tl.load(row + 1)
+    place = tl.load(row + 3) + position.to(tl.int64) * tl.load(row + 4)
+    place += slots + slot.to(tl.int64) * stride_slot
+    # Pages in the middle: a warp then takes whole pages, and its threads few addresses each.
+    cache = cache[None, :, None].to(element)
+    place = place[None, :, None].to(element)
     # The compiler can't see the alignment of what it reads from a table.
-    cache = tl.multiple_of(tl.load(row) + block * tl.load(row + 1), WORD_BYTES)
-    slot = place + tl.load(row + 3) + position * tl.load(row + 4)
-    slot = tl.multiple_of(slot, WORD_BYTES)
-    word = tl.arange(0, WORDS)[None, :]
-    mask = live[:, None]
+    cache = tl.multiple_of(cache, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
+    place = tl.multiple_of(place, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
+    SPAN: tl.constexpr = min(WORDS, 32 * (WORD_BYTES // ELEMENT_BYTES))  # noqa: N806 - one warp
+    word = tl.arange(0, WORDS // SPAN)[:, None, None] * SPAN + tl.arange(0, SPAN)[None, None, :]
+    mask = live[None, :, None]
     if not EXACT:
         elements = tl.multiple_of(tl.load(row + 2), WORD_BYTES // ELEMENT_BYTES)
         mask = mask & (word < elements)
-    return (
-        cache[:, None].to(tl.pointer_type(element)) + word,
-        slot[:, None].to(tl.pointer_type(element)) + word,
-        mask,
-    )
+    return cache + word, place + word, mask
 
 
 def gather_pages(
@@ -310,13 +281,6 @@ def prepare(
                     compiling.load_kernel(kernel, spec, table.device)
 
 
-def kernel_specs(
-    table: PageTable, slots_alignment: int, config: KernelConfig
-) -> list[compiling.KernelSpec]:
-    """What a transfer of ``table`` launches: one kernel for each alignment class, widest first."""
-    return [spec for spec, _ in _strips(table, slots_alignment, config)]
-
-
 def _transfer(
     table: PageTable,
     block_ids: Ids,
@@ -385,67 +349,17 @@ def _launch(
 
 def _plan(
     table: PageTable, slots_alignment: int, config: KernelConfig
-) -> list[tuple[compiling.KernelSpec, torch.Tensor]]:
+) -> list[tuple[KernelSpec, torch.Tensor]]:
     """Kernels of a transfer and their strips on the device; made once, kept with the table."""
     key = slots_alignment, config.warps, config.tile_bytes
     plan = table.launch_plans.get(key)
     if plan is None:
         plan = [
             (spec, torch.from_numpy(strips).to(table.device))
-            for spec, strips in _strips(table, slots_alignment, config)
+            for spec, strips in cut_into_strips(table, slots_alignment, config)
         ]
         table.launch_plans[key] = plan
     return plan
-
-
-def _strips(
-    table: PageTable, slots_alignment: int, config: KernelConfig
-) -> list[tuple[compiling.KernelSpec, npt.NDArray[np.int64]]]:
-    """Cut the pages of each alignment class into strips, int64 ``[num_strips, 5]``."""
-    plan = []
-    words = [min(row.alignment, slots_alignment) for row in table.pages]
-    for word_bytes in sorted(set(words), reverse=True):
-        rows = [row for row, word in zip(table.pages, words, strict=True) if word == word_bytes]
-        item = min(word_bytes, 8)
-        # As many elements a thread for narrow words as for wide ones: registers are the limit.
-        tile = max(1, config.tile_bytes // 8)
-        width, exact = _strip_width([row.page_bytes // item for row in rows], item, tile)
-        pages = max(1, (tile if exact else tile // 2) // width)
-        strips = [
-            (
-                row.view.data_ptr() + start,
-                row.block_stride,
-                min(width, (row.page_bytes - start) // item),
-                row.offset + start,
-                row.pitch,
-            )
-            for row in rows
-            for start in range(0, row.page_bytes, width * item)
-        ]
-        spec = compiling.KernelSpec(word_bytes, pages, width, exact, config.warps)
-        plan.append((spec, np.array(strips, dtype=np.int64)))
-    return plan
-
-
-def _strip_width(page_elements: list[int], item: int, tile: int) -> tuple[int, bool]:
-    """Elements of a strip for pages of so many elements of ``item`` bytes, and whether every strip
-    is full, so that no mask over words is needed."""
-    common = 1 << 62
-    for elements in page_elements:
-        common = min(common, elements & -elements)
-    if common * item >= 512 or all(elements == common for elements in page_elements):
-        return min(common, tile), True
-    # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
-    # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
-    width = min(tile // 2, triton.next_power_of_2(max(page_elements)))
-    best, least = width, 0
-    while True:
-        padded = sum(-(-elements // width) * width for elements in page_elements)
-        if least == 0 or padded < least:
-            best, least = width, padded
-        if padded * 8 <= sum(page_elements) * 9 or width * item <= 128:
-            return best, False
-        width //= 2
 
 
 def _check_table(table: PageTable) -> None:

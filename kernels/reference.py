@@ -97,11 +97,11 @@ def _in_widest_words(
     for tensor in (row.view, slot_pages):
         # Strides of dims of size 1 take part in no address.
         strides = [
-            stride
+            int(stride)
             for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
             if size > 1
         ]
-        parts = tensor.data_ptr(), tensor.storage_offset(), row.page_bytes, *strides
+        parts = tensor.data_ptr(), int(tensor.storage_offset()), row.page_bytes, *strides
         word = min(word, alignment_of(*parts))
     return _as_words(row.view, word), _as_words(slot_pages, word)
 

@@ -126,7 +126,7 @@ class HostPool:
 
     def _prepare(self) -> None:
         """Touch the pages in parallel, then pin piece by piece."""
-        pieces = self.slots.split(self.piece_slots)
+        pieces = torch.split(self.slots, self.piece_slots)
         try:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
                 for piece, _ in zip(pieces, threads.map(self._touch, pieces), strict=True):

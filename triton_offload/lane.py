@@ -213,9 +213,7 @@ class Lane:
     def _choose(self, run: GroupRun) -> Path:
         table = run.group.table
         pages = len(run.block_ids) * len(table.pages)
-        path = self._table.choose(
-            self.direction, table.bytes_per_block // len(table.pages), pages
-        )
+        path = self._table.choose(self.direction, table.bytes_per_block // len(table.pages), pages)
         return self._allowed(path)
 
     def _allowed(self, path: Path) -> Path:
@@ -333,9 +331,7 @@ class Lane:
             job.result = TransferResult(job.job_id, TransferStatus.FAILED, error=job.error)
         else:
             seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
-            job.result = TransferResult(
-                job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds
-            )
+            job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
         job.pieces = None
         job.after.clear()
         self.finished.append(job)
@@ -344,4 +340,3 @@ class Lane:
         """Not even an event can be recorded: nothing queued here will ever be known to end."""
         self.lost = error
         raise DeviceLostError(f"the device was lost: {error}") from error
-

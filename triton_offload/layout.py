@@ -59,9 +59,7 @@ class CacheLayout:
                 raise ValueError("groups: expected at least one group, got none")
             tables = [table.group(group) for group in groups]
             members = [dict(group) for group in groups]
-        self.groups = tuple(
-            GroupLayout(i, t, t.packed(), t.runs) for i, t in enumerate(tables)
-        )
+        self.groups = tuple(GroupLayout(i, t, t.packed(), t.runs) for i, t in enumerate(tables))
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,7 +50,7 @@ def positions(slot: torch.Tensor, page: PageRow, begin: int, end: int) -> torch.
 
 def zeros_over(slot: torch.Tensor, zeros: torch.Tensor) -> Iterator[Pair]:
     """(part of the slot, as many zeros) until the slot is covered."""
-    for part in slot.split(len(zeros)):
+    for part in torch.split(slot, len(zeros)):
         yield part, zeros[: len(part)]
 
 
@@ -86,12 +87,14 @@ def _adjacent(
     for chunk in skip:
         breaks[chunk : chunk + 2] = True
     edges = np.flatnonzero(breaks).tolist()
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         if begin not in skip:
             yield begin, int(slot_ids[begin]), end - begin
 
 
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
     rows = max(1, SLICE_BYTES // a.shape[1])
-    for x, y in zip(a.split(rows), b.split(rows), strict=True):
-        yield from zip(x.split(SLICE_BYTES, dim=1), y.split(SLICE_BYTES, dim=1), strict=True)
+    for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+        yield from zip(
+            torch.split(x, SLICE_BYTES, dim=1), torch.split(y, SLICE_BYTES, dim=1), strict=True
+        )

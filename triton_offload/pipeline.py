@@ -20,6 +20,10 @@ from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
 
+# What a slot holds beside a group's chunk, counted from the end of a list with one entry a group:
+# zeros, as a pool begins, and bytes of several groups (only stores that keep bytes leave that).
+_ZEROS, _MIXED = -1, -2
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineOptions:
@@ -50,12 +54,11 @@ class Pipeline:
         self,
         layout: CacheLayout,
         pool: HostPool,
-        options: PipelineOptions = PipelineOptions(),  # noqa: B008 (frozen)
+        options: PipelineOptions = PipelineOptions(),
     ) -> None:
         if pool.slot_bytes < layout.slot_bytes:
             raise ValueError(
-                f"pool: expected slots of at least {layout.slot_bytes} bytes, "
-                f"got {pool.slot_bytes}"
+                f"pool: expected slots of at least {layout.slot_bytes} bytes, got {pool.slot_bytes}"
             )
         self.layout = layout
         self.pool = pool
@@ -66,8 +69,8 @@ class Pipeline:
         table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
         if options.path is not None:
             table = PathTable(options.path)
-        # The group whose chunk each slot holds; -1: zeros, as a pool begins.
-        self._holder = np.full(pool.num_slots, -1, dtype=np.int32)
+        # The group whose chunk each slot holds, or one of the two below.
+        self._holder = np.full(pool.num_slots, _ZEROS, dtype=np.int32)
         names = {
             "store": Direction.STORE,
             "load": Direction.LOAD,
@@ -259,16 +262,13 @@ class Pipeline:
 
     def _mark_slots(self, run: GroupRun) -> SlotMarks:
         """What a store must clear, and note whose bytes its slots hold from here on."""
-        partial = run.partial_chunks()
-        if run.fresh is None or not run.fresh.any():
-            return SlotMarks(kept=tuple(partial))
-        fresh = run.fresh
+        group, partial = run.group.index, run.partial_chunks()
         holder = self._holder[run.slot_ids]
-        written = holder >= 0
-        stale = np.flatnonzero(
-            fresh & written & self.layout.leaves_stale[run.group.index][np.maximum(holder, 0)]
-        )
-        self._holder[run.slot_ids[fresh]] = run.group.index
+        fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
+        overwrites = np.append(~self.layout.leaves_stale[group], [False, True])
+        stale = np.flatnonzero(fresh & ~overwrites[holder])
+        alone = fresh | (holder == _ZEROS) | (holder == group)
+        self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
         return SlotMarks(
             kept=tuple(chunk for chunk in partial if not fresh[chunk]),
             unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
@@ -314,4 +314,3 @@ class Pipeline:
 
 def _no_marks(run: GroupRun) -> SlotMarks:
     return SlotMarks()
-

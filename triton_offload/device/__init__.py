@@ -12,11 +12,13 @@ def device_for(device: torch.device) -> Device:
     if device.type == "cpu":
         from triton_offload.device.host import HostDevice
 
-        return HostDevice()
+        host: Device = HostDevice()
+        return host
     if device.type == "cuda":  # torch calls ROCm "cuda" too
         from triton_offload.device.cuda import CUDADevice
 
-        return CUDADevice(device)
+        cuda: Device = CUDADevice(device)
+        return cuda
     raise ValueError(f"device: expected a cpu or cuda tensor, got one on {device}")
 
 

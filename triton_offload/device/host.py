@@ -156,9 +156,7 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(
-            lambda: host_pages.gather(table, block_ids, slots, slot_ids, first_block)
-        )
+        stream.queue.put(lambda: host_pages.gather(table, block_ids, slots, slot_ids, first_block))
 
     def scatter(
         self,
@@ -171,9 +169,7 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(
-            lambda: host_pages.scatter(table, block_ids, slots, slot_ids, first_block)
-        )
+        stream.queue.put(lambda: host_pages.scatter(table, block_ids, slots, slot_ids, first_block))
 
 
 def _ignore(_: object) -> None:

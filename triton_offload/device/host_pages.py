@@ -72,7 +72,9 @@ def _operands(
             continue
         blocks = _as_rows(block_ids[start::span])
         first_chunk = (first + start) // span
-        chunks = _as_rows(slot_ids[first_chunk : first_chunk + -(-(len(block_ids) - start) // span)])
+        chunks = _as_rows(
+            slot_ids[first_chunk : first_chunk + -(-(len(block_ids) - start) // span)]
+        )
         for page in table.pages:
             offset = page.offset + position * page.pitch
             places = slots[:, offset : offset + page.page_bytes]

@@ -1,0 +1,138 @@
+"""How pages are cut into the tiles that a program of a kernel moves at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .table import PageTable
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How a launch is cut up."""
+
+    warps: int
+    """Warps of a CTA (of 32 lanes on NVIDIA, 64 on AMD)."""
+    tile_bytes: int
+    """Bytes that a CTA has in flight where no mask over words is needed (half of it otherwise).
+    A power of two. Words narrower than 8 bytes make it smaller in proportion, and so do pages
+    of less than 512 bytes, whose ids take up the registers."""
+    programs: int
+    """CTAs of a launch: how many SMs it may keep busy."""
+
+
+def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
+    """The configuration for slots in mapped host memory (``zero_copy``) or in device memory.
+
+    Args:
+        backend: ``cuda`` or ``hip``.
+
+    Zero copy wants bytes in flight: 1,024 threads with 128 bytes each are what the registers of an
+    SM hold. Staged kernels leave room beside them on the SM for the model's.
+    """
+    # Threads of a CTA are what counts; a wave of 64 lanes is two warps.
+    lanes = 2 if backend == "hip" else 1
+    if zero_copy:
+        return KernelConfig(warps=32 // lanes, tile_bytes=128 * 1024, programs=2)
+    return KernelConfig(warps=8 // lanes, tile_bytes=32 * 1024, programs=16)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What a compiled kernel is fixed to: the shape of a tile, and how wide an access may be."""
+
+    word_bytes: int
+    """Every address and size is a multiple of it: 16, 8, 4, 2 or 1."""
+    pages: int
+    """Pages of a tile, a power of two."""
+    words: int
+    """Elements of ``element_bytes`` of each page of a tile, a power of two."""
+    exact: bool
+    """Every strip of a page has exactly ``words`` elements: no mask over them."""
+    warps: int
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a tile's element. Two 8-byte elements make a 16-byte access."""
+        return min(self.word_bytes, 8)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes that one CTA has in flight."""
+        return self.pages * self.words * self.element_bytes
+
+    def constants(self) -> dict[str, int | bool]:
+        return {
+            "WORD_BYTES": self.word_bytes,
+            "PAGES": self.pages,
+            "WORDS": self.words,
+            "EXACT": self.exact,
+        }
+
+
+def kernel_specs(table: PageTable, slots_alignment: int, config: KernelConfig) -> list[KernelSpec]:
+    """What a transfer of ``table`` launches: one kernel for each alignment class, widest first."""
+    return [spec for spec, _ in cut_into_strips(table, slots_alignment, config)]
+
+
+def cut_into_strips(
+    table: PageTable, slots_alignment: int, config: KernelConfig
+) -> list[tuple[KernelSpec, npt.NDArray[np.int64]]]:
+    """Cut the pages of each alignment class into strips, int64 ``[num_strips, 5]``."""
+    plan = []
+    words = [min(row.alignment, slots_alignment) for row in table.pages]
+    for word_bytes in sorted(set(words), reverse=True):
+        rows = [row for row, word in zip(table.pages, words, strict=True) if word == word_bytes]
+        item = min(word_bytes, 8)
+        # As many elements a thread for narrow words as for wide ones: registers are the limit.
+        tile = max(1, config.tile_bytes // 8)
+        width, exact = _strip_width([row.page_bytes // item for row in rows], item, tile)
+        pages = max(1, (tile if exact else tile // 2) // width)
+        pages = min(pages, _most_pages(word_bytes, width, exact, config.warps))
+        strips = [
+            (
+                row.view.data_ptr() + start,
+                row.block_stride,
+                min(width, (row.page_bytes - start) // item),
+                row.offset + start,
+                row.pitch,
+            )
+            for row in rows
+            for start in range(0, row.page_bytes, width * item)
+        ]
+        spec = KernelSpec(word_bytes, pages, width, exact, config.warps)
+        plan.append((spec, np.array(strips, dtype=np.int64)))
+    return plan
+
+
+def _most_pages(word_bytes: int, width: int, exact: bool, warps: int) -> int:
+    """Pages of a tile for which the ids that its threads keep still fit their registers: measured
+    as the most without a spill at 64 registers, for triton 3.6 and 3.9, sm_80 to sm_100."""
+    lanes_elements = 32 * (word_bytes // min(word_bytes, 8))
+    pages_of_warp = max(1, lanes_elements // width)
+    pages_of_thread = 8 if exact and word_bytes == 16 and width >= 16 else 4
+    return warps * pages_of_warp * pages_of_thread
+
+
+def _strip_width(page_elements: list[int], item: int, tile: int) -> tuple[int, bool]:
+    """Elements of a strip for pages of so many elements of ``item`` bytes, and whether every strip
+    is full, so that no mask over words is needed."""
+    common = 1 << 62
+    for elements in page_elements:
+        common = min(common, elements & -elements)
+    if common * item >= 512 or all(elements == common for elements in page_elements):
+        return min(common, tile), True
+    # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
+    # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
+    width = min(tile // 2, 1 << (max(page_elements) - 1).bit_length())
+    best, least = width, 0
+    while True:
+        padded = sum(-(-elements // width) * width for elements in page_elements)
+        if least == 0 or padded < least:
+            best, least = width, padded
+        if padded * 8 <= sum(page_elements) * 9 or width * item <= 128:
+            return best, False
+        width //= 2

@@ -1,0 +1,198 @@
+"""Every path moves exactly the bytes that the slot format says, and no others."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import POISON, World, load_specs, random_pages, sample, storage_of, store_specs
+
+from triton_offload.calibration import Path
+from triton_offload.pipeline import PipelineOptions
+from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+
+NUM_BLOCKS = 24
+NUM_SLOTS = 12
+
+
+@st.composite
+def shapes(draw):
+    """(page bytes, stride, offset) of one to four tensors: from byte- to 16-byte-aligned."""
+    unit = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        page = unit * draw(st.integers(1, 9))
+        rows.append((page, page + unit * draw(st.integers(0, 3)), unit * draw(st.integers(0, 3))))
+    return rows
+
+
+@pytest.mark.parametrize("path", Path)
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=shapes(),
+    blocks_per_chunk=st.integers(1, 4),
+    row_gap=st.sampled_from([0, 0, 5, 16]),
+    seed=st.integers(0, 2**32),
+)
+def test_random_jobs_move_exactly_their_bytes(path, shapes, blocks_per_chunk, row_gap, seed):
+    rng = random.Random(seed)
+    tensors = [random_pages(NUM_BLOCKS, *shape, seed + i) for i, shape in enumerate(shapes)]
+    groups = [[(i, shape[0]) for i, shape in enumerate(shapes)]]
+    if len(shapes) > 1:  # two more groups overlay the same tensors, one with smaller pages
+        groups.append([(len(shapes) - 1, shapes[-1][0])])
+        groups.append([(i, max(1, shape[0] - 1)) for i, shape in enumerate(shapes[:-1])])
+    slot_bytes = blocks_per_chunk * sum(shape[0] for shape in shapes)
+    world = World.build(
+        tensors,
+        blocks_per_chunk=blocks_per_chunk,
+        groups=groups,
+        num_slots=NUM_SLOTS,
+        # two chunks a segment, so that rings wrap; ids for few segments, so that they wait
+        options=PipelineOptions(path=path, buffer_bytes=2 * slot_bytes, max_indices=64),
+        row_gap=row_gap,
+    )
+    pool = world.pool.slots
+    try:
+        for _ in range(6):
+            group = rng.randrange(len(groups))
+            first = rng.randrange(2 * blocks_per_chunk)
+            count = rng.randrange(NUM_BLOCKS // 2)
+            inside = first % blocks_per_chunk
+            chunks = min(NUM_SLOTS, -(-(inside + count) // blocks_per_chunk) if count else 0)
+            count = min(count, max(0, chunks * blocks_per_chunk - inside))
+            blocks = sample(rng, NUM_BLOCKS, count, rng.random() < 0.5)
+            slots = sample(rng, NUM_SLOTS, chunks, rng.random() < 0.5)
+            sources = [storage_of(t).clone() for t in tensors]
+            if rng.random() < 0.6:
+                fresh = [rng.random() < 0.7 for _ in slots]
+                expected = world.after_store(pool, group, blocks, slots, first, fresh)
+                job = world.queue.transfer_async(
+                    *store_specs(world, group, blocks, slots, first, fresh)
+                )
+                (result,) = world.finish(job)
+                assert torch.equal(pool, expected)
+                for tensor, source in zip(tensors, sources, strict=True):
+                    assert torch.equal(storage_of(tensor), source)
+            else:
+                before = pool.clone()
+                expected = world.expect_load(group, blocks, slots, first)
+                job = world.queue.transfer_async(
+                    *load_specs(world, group, blocks, slots, first), expedited=rng.random() < 0.3
+                )
+                (result,) = world.finish(job)
+                for tensor, wanted in zip(tensors, expected, strict=True):
+                    assert torch.equal(storage_of(tensor), wanted)
+                assert torch.equal(pool, before)
+            assert result.status is TransferStatus.SUCCESS, result.error
+            table = world.layout.groups[group].table
+            assert result.num_bytes == count * table.bytes_per_block
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("path", Path)
+def test_one_job_moves_several_groups_with_a_partial_chunk_each(path):
+    tensors = [random_pages(20, 48, 48, 0, 1), random_pages(20, 32, 40, 8, 2)]
+    world = World.build(
+        tensors,
+        blocks_per_chunk=3,
+        groups=[[(0, 48)], [(1, 32), (0, 16)]],
+        options=PipelineOptions(path=path),
+    )
+    blocks = [5, 6, 9, 1, 14, 15, 16, 17]
+    slots = [7, 2, 11, 3, 0]
+    spec = GPULoadStoreSpec(blocks, [4, 4], [2, 4])
+    expected = world.pool.slots.clone()
+    fresh = [True] * 2
+    expected = world.after_store(expected, 0, blocks[:4], slots[:2], 2, fresh)
+    expected = world.after_store(expected, 1, blocks[4:], slots[2:4], 4, fresh)
+    job = world.queue.transfer_async(spec, CPULoadStoreSpec(slots[:4], fresh=True))
+    (result,) = world.finish(job)
+    assert result.success
+    assert torch.equal(world.pool.slots, expected)
+    world.close()
+
+
+@pytest.mark.parametrize("path", Path)
+def test_a_fresh_slot_keeps_no_byte_of_the_chunk_before(path):
+    tensors = [random_pages(8, 64, 64, 0, 3), random_pages(8, 32, 32, 0, 4)]
+    world = World.build(
+        tensors,
+        blocks_per_chunk=2,
+        groups=[[(0, 64), (1, 32)], [(1, 20)]],
+        options=PipelineOptions(path=path),
+    )
+    full = store_specs(world, 0, [0, 1], [5], 0, True)
+    partial = store_specs(world, 1, [3], [5], 1, True)
+    world.finish(world.queue.transfer_async(*full), world.queue.transfer_async(*partial))
+    expected = torch.zeros_like(world.pool.slots)
+    expected = world.after_store(expected, 1, [3], [5], 1, [True])
+    assert torch.equal(world.pool.slots, expected)
+    world.close()
+
+
+def test_dtypes_and_shapes_do_not_matter():
+    tensors = [
+        torch.randn(10, 2, 3, dtype=torch.bfloat16),
+        torch.randn(10, 5, dtype=torch.float64),
+        torch.randint(0, 2, (10, 7)).bool(),
+    ]
+    before = [t.clone() for t in tensors]
+    world = World.build(tensors)
+    world.finish(
+        world.queue.transfer_async(GPULoadStoreSpec([1, 8, 4]), CPULoadStoreSpec([0, 1, 2]))
+    )
+    for tensor in tensors:
+        tensor.view(torch.uint8).fill_(POISON & 1)
+    world.finish(
+        world.queue.transfer_async(CPULoadStoreSpec([2, 0]), GPULoadStoreSpec([9, 3]))
+    )
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor[[9, 3]].view(torch.uint8), old[[4, 1]].view(torch.uint8))
+    world.close()
+
+
+def test_a_burst_of_jobs_ends_in_order_with_every_ring_wrapped():
+    tensors = [random_pages(NUM_BLOCKS, 64, 64, 0, 5)]
+    world = World.build(
+        tensors,
+        num_slots=NUM_BLOCKS,
+        options=PipelineOptions(path=Path.STAGED, buffer_bytes=128, num_buffers=2, max_indices=32),
+    )
+    expected = tensors[0].clone()
+    stores = [
+        world.queue.transfer_async(GPULoadStoreSpec([b]), CPULoadStoreSpec([b], fresh=True))
+        for b in range(NUM_BLOCKS)
+        for _ in range(10)
+    ]
+    loads = [
+        world.queue.transfer_async(CPULoadStoreSpec([b]), GPULoadStoreSpec([b]))
+        for b in range(NUM_BLOCKS)
+    ]
+    results = world.finish(*stores, *loads)
+    assert [r.job_id for r in results] == stores + loads
+    assert all(r.success for r in results)
+    assert torch.equal(tensors[0], expected)
+    assert torch.equal(world.pool.slots, expected)
+    world.close()
+
+
+def test_a_load_submitted_behind_a_store_of_the_same_slots_reads_what_it_wrote():
+    tensors = [random_pages(64, 4096, 4096, 0, 6)]
+    world = World.build(tensors, num_slots=32)
+    for _ in range(20):
+        source = tensors[0][:32].clone()
+        world.queue.transfer_async(
+            GPULoadStoreSpec(range(32)), CPULoadStoreSpec(range(32), fresh=True)
+        )
+        load = world.queue.transfer_async(
+            CPULoadStoreSpec(range(32)), GPULoadStoreSpec(range(32, 64)), expedited=True
+        )
+        world.finish(load)
+        assert torch.equal(tensors[0][32:], source)
+        tensors[0].add_(1)
+        world.finish()
+    world.close()

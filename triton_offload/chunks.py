@@ -1,0 +1,92 @@
+"""Which blocks of a request lie in which chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """`num_blocks` consecutive blocks from position `first < blocks_per_chunk` of a chunk on."""
+
+    first: int
+    num_blocks: int
+    blocks_per_chunk: int
+
+    @classmethod
+    def of(cls, first_block: int, num_blocks: int, blocks_per_chunk: int) -> ChunkSpan:
+        """The span of blocks that begins at block `first_block` of a request."""
+        if first_block < 0 or num_blocks < 0:
+            raise ValueError(
+                f"first_block, num_blocks: expected at least 0, got {first_block}, {num_blocks}"
+            )
+        return cls(first_block % blocks_per_chunk, num_blocks, blocks_per_chunk)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-(self.first + self.num_blocks) // self.blocks_per_chunk) if self.num_blocks else 0
+
+    def masks(self) -> list[int]:
+        """Of each chunk, the blocks in the span: bit s for the block at position s."""
+        full = (1 << self.blocks_per_chunk) - 1
+        masks = [full] * self.num_chunks
+        if masks:
+            masks[0] &= full << self.first
+            end = self.first + self.num_blocks - (len(masks) - 1) * self.blocks_per_chunk
+            masks[-1] &= (1 << end) - 1
+        return masks
+
+
+@dataclass(frozen=True, slots=True)
+class StorePiece:
+    """A part of a store that is one run: every chunk but its first and last is whole.
+
+    `blocks`: which of the request's block ids, in order. `first`: the first one's position in its
+    chunk. `chunks`: which of the stored chunks, in order.
+    """
+
+    blocks: list[int] | slice
+    first: int
+    chunks: list[int] | slice
+
+
+def pieces_to_store(
+    span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]
+) -> list[StorePiece]:
+    """Cut a store of some chunks of a span into runs.
+
+    `chunks[i]`: a chunk of the span; `masks[i]`: its blocks that are to be stored. The common
+    store is one piece; a chunk of which blocks in the middle are stored already makes two.
+    """
+    if len(chunks) == span.num_chunks and list(masks) == span.masks():
+        return [StorePiece(slice(None), span.first, slice(None))] if chunks else []
+    size = span.blocks_per_chunk
+    pieces: list[StorePiece] = []
+    blocks: list[int] = []
+    stored: list[int] = []
+    open_end = False  # the last piece ends at its chunk's end, so that the next chunk may join
+    for i, (chunk, mask) in enumerate(zip(chunks, masks, strict=True)):
+        for begin, end in _bit_runs(mask):
+            if not (open_end and begin == 0):
+                blocks, stored = [], []
+                pieces.append(StorePiece(blocks, begin, stored))
+            start = chunk * size - span.first
+            blocks.extend(range(start + begin, start + end))
+            stored.append(i)
+            open_end = end == size
+    return pieces
+
+
+def _bit_runs(mask: int) -> list[tuple[int, int]]:
+    """The runs [begin, end) of ones, from the lowest."""
+    runs = []
+    position = 0
+    while mask:
+        zeros = (mask & -mask).bit_length() - 1
+        mask >>= zeros
+        ones = (~mask & (mask + 1)).bit_length() - 1
+        runs.append((position + zeros, position + zeros + ones))
+        mask >>= ones
+        position += zeros + ones
+    return runs

