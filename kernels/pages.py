@@ -58,6 +58,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
@@ -69,12 +70,15 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         first_tile = group * num_strips
         first_strip = tl.maximum(tile - first_tile, 0)
         for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            cache, place, mask = _tile_pointers(
-                strips, strip, slots, stride_slot, block, slot, position, live,
-                WORD_BYTES, WORDS, EXACT,
-            )  # fmt: skip
-            # .cg: pages are read once, L1 has no use for them.
-            tl.store(place, tl.load(cache, mask=mask, cache_modifier=".cg"), mask=mask)
+            row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
+            mask = _mask(row, live, WORD_BYTES, WORDS, EXACT, PAGE_AXIS)
+            cache = tl.load(row) + block * tl.load(row + 1)
+            cache = _pointers(cache, WORD_BYTES, WORDS, PAGE_AXIS)
+            # .cg: bytes are read once, L1 has no use for them.
+            words = tl.load(cache, mask=mask, cache_modifier=".cg")
+            # Only now, while the bytes are on their way: registers hold one side's addresses.
+            place = slots + slot * stride_slot + tl.load(row + 3) + position * tl.load(row + 4)
+            tl.store(_pointers(place, WORD_BYTES, WORDS, PAGE_AXIS), words, mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -93,6 +97,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
@@ -104,11 +109,15 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         first_tile = group * num_strips
         first_strip = tl.maximum(tile - first_tile, 0)
         for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            cache, place, mask = _tile_pointers(
-                strips, strip, slots, stride_slot, block, slot, position, live,
-                WORD_BYTES, WORDS, EXACT,
-            )  # fmt: skip
-            tl.store(cache, tl.load(place, mask=mask, cache_modifier=".cg"), mask=mask)
+            row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
+            mask = _mask(row, live, WORD_BYTES, WORDS, EXACT, PAGE_AXIS)
+            place = slots + slot * stride_slot + tl.load(row + 3) + position * tl.load(row + 4)
+            place = _pointers(place, WORD_BYTES, WORDS, PAGE_AXIS)
+            # .cg: bytes are read once, L1 has no use for them.
+            words = tl.load(place, mask=mask, cache_modifier=".cg")
+            # Only now, while the bytes are on their way: registers hold one side's addresses.
+            cache = tl.load(row) + block * tl.load(row + 1)
+            tl.store(_pointers(cache, WORD_BYTES, WORDS, PAGE_AXIS), words, mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -121,58 +130,81 @@ def _locate(  # type: ignore[no-untyped-def]
     blocks_per_chunk,
     PAGES: tl.constexpr,  # noqa: N803
 ):
-    """Block id, slot id, position in the chunk, and whether there is such a block: [PAGES]."""
-    index = first_page + tl.arange(0, PAGES)
-    live = index < num_blocks
-    run = first_block + index
-    block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + index, mask=live, other=0)
+    """Block id, slot id, position in the chunk, and whether there is such a page: [PAGES]."""
+    page = first_page + tl.arange(0, PAGES)
+    live = page < num_blocks
+    run = first_block + page
+    block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + page, mask=live, other=0)
     slot_id = slot_ids.to(tl.pointer_type(tl.int64)) + run // blocks_per_chunk
     slot = tl.load(slot_id, mask=live, other=0)
-    # Kept in registers from strip to strip, so as narrow as ids are: they index real memory.
-    return block.to(tl.int32), slot.to(tl.int32), run % blocks_per_chunk, live
+    return block, slot, (run % blocks_per_chunk).to(tl.int64), live
+
+
+# Tiles have three axes: spans of words, pages, and the words of a span, which a warp moves in one
+# access. Warps are dealt to the words of a span, then to pages (PAGE_AXIS sees to it), so that a
+# thread has few pages, and of each one address and many offsets.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile_pointers(  # type: ignore[no-untyped-def]
-    strips,
-    strip,
-    slots,
-    stride_slot,
-    block,
-    slot,
-    position,
+def _over_pages(values, PAGE_AXIS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    if PAGE_AXIS == 1:
+        return values[None, :, None]
+    else:
+        return values[:, None, None]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _words(  # type: ignore[no-untyped-def]
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
+):
+    SPAN: tl.constexpr = min(WORDS, 64 if WORD_BYTES == 16 else 32)  # noqa: N806
+    span = tl.arange(0, WORDS // SPAN) * SPAN
+    lane = tl.arange(0, SPAN)[None, None, :]
+    if PAGE_AXIS == 1:
+        return span[:, None, None] + lane
+    else:
+        return span[None, :, None] + lane
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mask(  # type: ignore[no-untyped-def]
+    row,
     live,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
-    """Pointers into the cache and the slots, and the mask: [WORDS / SPAN, PAGES, SPAN]."""
-    ELEMENT_BYTES: tl.constexpr = WORD_BYTES if WORD_BYTES < 8 else 8  # noqa: N806
-    if ELEMENT_BYTES == 8:
+    mask = _over_pages(live, PAGE_AXIS)
+    if not EXACT:
+        # With as many words as an access has, a multiple: else the mask makes accesses narrower.
+        elements = tl.multiple_of(tl.load(row + 2), 2 if WORD_BYTES == 16 else 1)
+        mask = mask & (_words(WORD_BYTES, WORDS, PAGE_AXIS) < elements)
+    return mask
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pointers(  # type: ignore[no-untyped-def]
+    address,
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
+):
+    """Pointers to the words of a tile, of the strips' addresses int64 [PAGES]."""
+    if WORD_BYTES >= 8:
         element = tl.pointer_type(tl.int64)
-    elif ELEMENT_BYTES == 4:
+    elif WORD_BYTES == 4:
         element = tl.pointer_type(tl.int32)
-    elif ELEMENT_BYTES == 2:
+    elif WORD_BYTES == 2:
         element = tl.pointer_type(tl.int16)
     else:
         element = tl.pointer_type(tl.int8)
-    row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
-    cache = tl.load(row) + block.to(tl.int64) * tl.load(row + 1)
-    place = tl.load(row + 3) + position.to(tl.int64) * tl.load(row + 4)
-    place += slots + slot.to(tl.int64) * stride_slot
-    # Pages in the middle: a warp then takes whole pages, and its threads few addresses each.
-    cache = cache[None, :, None].to(element)
-    place = place[None, :, None].to(element)
-    # The compiler can't see the alignment of what it reads from a table.
-    cache = tl.multiple_of(cache, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
-    place = tl.multiple_of(place, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
-    SPAN: tl.constexpr = min(WORDS, 32 * (WORD_BYTES // ELEMENT_BYTES))  # noqa: N806 - one warp
-    word = tl.arange(0, WORDS // SPAN)[:, None, None] * SPAN + tl.arange(0, SPAN)[None, None, :]
-    mask = live[None, :, None]
-    if not EXACT:
-        elements = tl.multiple_of(tl.load(row + 2), WORD_BYTES // ELEMENT_BYTES)
-        mask = mask & (word < elements)
-    return cache + word, place + word, mask
+    strip = _over_pages(address, PAGE_AXIS).to(element)
+    # The compiler can't see the alignment of what was read from a table.
+    strip = tl.multiple_of(strip, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
+    return strip + _words(WORD_BYTES, WORDS, PAGE_AXIS)
 
 
 def gather_pages(

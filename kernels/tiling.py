@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import triton
 
 from .table import PageTable
+
+# The axis of a tile that the compiler deals warps to first, after the one of adjacent words: where
+# axes are alike, triton 3.6 takes the first, later ones the last.
+PAGE_AXIS = 0 if triton.__version__.startswith("3.6.") else 1
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class KernelConfig:
     tile_bytes: int
     """Bytes that a CTA has in flight where no mask over words is needed (half of it otherwise).
     A power of two. Words narrower than 8 bytes make it smaller in proportion, and so do pages
-    of less than 512 bytes, whose ids take up the registers."""
+    of less than 128 bytes, whose ids take up the registers."""
     programs: int
     """CTAs of a launch: how many SMs it may keep busy."""
 
@@ -70,6 +75,7 @@ class KernelSpec:
             "PAGES": self.pages,
             "WORDS": self.words,
             "EXACT": self.exact,
+            "PAGE_AXIS": PAGE_AXIS,
         }
 
 
@@ -89,7 +95,7 @@ def cut_into_strips(
         item = min(word_bytes, 8)
         # As many elements a thread for narrow words as for wide ones: registers are the limit.
         tile = max(1, config.tile_bytes // 8)
-        width, exact = _strip_width([row.page_bytes // item for row in rows], item, tile)
+        width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
         pages = min(pages, _most_pages(word_bytes, width, exact, config.warps))
         strips = [
@@ -113,18 +119,21 @@ def _most_pages(word_bytes: int, width: int, exact: bool, warps: int) -> int:
     as the most without a spill at 64 registers, for triton 3.6 and 3.9, sm_80 to sm_100."""
     lanes_elements = 32 * (word_bytes // min(word_bytes, 8))
     pages_of_warp = max(1, lanes_elements // width)
-    pages_of_thread = 8 if exact and word_bytes == 16 and width >= 16 else 4
+    pages_of_thread = 8 if exact and word_bytes == 16 and width == 16 else 4
     return warps * pages_of_warp * pages_of_thread
 
 
-def _strip_width(page_elements: list[int], item: int, tile: int) -> tuple[int, bool]:
-    """Elements of a strip for pages of so many elements of ``item`` bytes, and whether every strip
-    is full, so that no mask over words is needed."""
+def _strip_width(page_elements: list[int], word_bytes: int, tile: int) -> tuple[int, bool]:
+    """Elements of a strip for pages of so many elements, and whether every strip is full, so that
+    no mask over words is needed."""
+    item = min(word_bytes, 8)
     common = 1 << 62
     for elements in page_elements:
         common = min(common, elements & -elements)
     if common * item >= 512 or all(elements == common for elements in page_elements):
-        return min(common, tile), True
+        # Strips of 256 and 512 bytes spill at 128 KiB in flight, of 128 bytes they don't; all are
+        # made of whole 128-byte lines.
+        return (16 if word_bytes == 16 and common in (32, 64) else min(common, tile)), True
     # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
     # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
     width = min(tile // 2, 1 << (max(page_elements) - 1).bit_length())

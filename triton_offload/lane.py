@@ -230,7 +230,8 @@ class Lane:
 
     def _queue_piece(self, job: Job, piece: _Piece) -> bool:
         """Queue one segment; False where its ids must wait for room."""
-        assert job.pages is not None and job.slots is not None
+        assert job.pages is not None
+        assert job.slots is not None
         run = piece.run
         ids = self._indices.take(run.block_ids, run.slot_ids)
         if ids is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,36 @@ class CacheLayout:
         self.leaves_stale = np.array(
             [[any(g.get(i, 0) < n for i, n in h.items()) for h in members] for g in members]
         )
+
+    @classmethod
+    def named(
+        cls,
+        kv_caches: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
+        blocks_per_chunk: int = 1,
+        groups: Sequence[Sequence[int | str]] | None = None,
+    ) -> CacheLayout:
+        """The layout of a list of tensors, or of a dict of them by name.
+
+        `groups[g]`: the tensors of the group, by index (list) or name (dict), with whole pages.
+        """
+        if isinstance(kv_caches, torch.Tensor):
+            raise ValueError("kv_caches: expected a list or dict of tensors, got one tensor")
+        names: Sequence[int | str] = range(len(kv_caches))
+        tensors = list(kv_caches.values() if isinstance(kv_caches, Mapping) else kv_caches)
+        if isinstance(kv_caches, Mapping):
+            names = list(kv_caches)
+        if groups is None:
+            return cls(tensors, blocks_per_chunk)
+        index = {name: i for i, name in enumerate(names)}
+        refs: list[list[tuple[int, int]]] = []
+        for position, group in enumerate(groups):
+            unknown = [member for member in group if member not in index]
+            if unknown:
+                raise ValueError(
+                    f"groups[{position}]: expected members of {list(index)}, got {unknown[0]!r}"
+                )
+            refs.append([(index[member], tensors[index[member]][0].nbytes) for member in group])
+        return cls(tensors, blocks_per_chunk, refs)
 
     def plan(
         self,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,10 +15,12 @@ import torch
 from triton_offload.chunks import ChunkSpan, pieces_to_store
 from triton_offload.device import device_for
 from triton_offload.host_pool import HostPool
+from triton_offload.job import OffloadJob
 from triton_offload.kernels.table import check_ids
 from triton_offload.layout import CacheLayout
 from triton_offload.manager import CPUOffloadingManager, OffloadingEvent
 from triton_offload.pipeline import PipelineOptions
+from triton_offload.policies import Key
 from triton_offload.queue_manager import transfer_queue
 from triton_offload.sizes import parse_bytes
 from triton_offload.specs import (
@@ -32,115 +32,13 @@ from triton_offload.specs import (
     TransferStatus,
     as_ids,
 )
+from triton_offload.stats import DirectionStats, OffloadingStats
 
 BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
 
 class PoolFullError(RuntimeError):
     """No room in the host pool that is not pinned by transfers under way."""
-
-
-class TransferFailedError(RuntimeError):
-    """A job did not move all of its bytes; the cause is in `result.error`."""
-
-    def __init__(self, result: TransferResult) -> None:
-        super().__init__(f"job {result.job_id} {result.status.value}: {result.error}")
-        self.result = result
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionStats:
-    """Jobs that ended in one direction; `num_bytes` and `seconds` are of those that succeeded."""
-
-    jobs: int = 0
-    failed: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, result: TransferResult) -> DirectionStats:
-        return DirectionStats(
-            self.jobs + 1,
-            self.failed + (not result.success),
-            self.num_bytes + result.num_bytes,
-            self.seconds + result.seconds,
-        )
-
-    @property
-    def gb_per_s(self) -> float:
-        """10**9 bytes a second while jobs were under way; overlapping jobs count twice."""
-        return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadingStats:
-    """Counts since construction, in chunks where nothing else is said."""
-
-    store: DirectionStats
-    load: DirectionStats
-    lookups: int  # chunks asked for
-    hits: int  # of those, leading ones that were there
-    evictions: int
-    num_chunks: int
-    num_used: int
-    num_pinned: int
-
-
-class OffloadJob:
-    """A store or a load under way. Any thread may use it."""
-
-    def __init__(self, offloader: KVOffloader, job_id: int, keys: list[bytes]) -> None:
-        self.job_id = job_id
-        self._offloader = offloader
-        self._keys = keys
-        self._direction = Direction.STORE
-        self._transfers: set[int] = set()
-        self._others: list[OffloadJob] = []  # stores by other jobs of keys that this one names
-        self._parts: list[TransferResult] = []
-        self._result: TransferResult | None = None
-
-    @property
-    def result(self) -> TransferResult | None:
-        """How the job ended, or None while it is under way."""
-        if self._result is None:
-            self._offloader._collect()
-        return self._result
-
-    @property
-    def done(self) -> bool:
-        return self.result is not None
-
-    @property
-    def source_released(self) -> bool:
-        """Whether the engine may use the job's pages again: overwrite what was stored (its bytes
-        may still be on their way to the pool), read what was loaded."""
-        queue = self._offloader._queue
-        return self._result is not None or all(
-            queue.source_released(job_id) for job_id in tuple(self._transfers)
-        )
-
-    def wait(self, timeout: float | None = None) -> TransferResult:
-        """Block until the bytes have landed. Raises TimeoutError, and TransferFailedError where
-        they did not land or the job was cancelled. `get_finished` still reports the job."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for other in self._others:
-            other._block(deadline)
-        self._block(deadline)
-        result = self.result
-        assert result is not None
-        if not result.success:
-            raise TransferFailedError(result) from result.error
-        return result
-
-    def wait_on(self, stream: Any) -> None:
-        """Let a stream wait for the release of the job's pages, without the host."""
-        for job_id in tuple(self._transfers):
-            self._offloader._queue.wait_on(job_id, stream)
-
-    def _block(self, deadline: float | None) -> None:
-        if self._result is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._offloader._queue.wait(tuple(self._transfers), left)
-            self._offloader._collect()
 
 
 class KVOffloader:
@@ -174,8 +72,7 @@ class KVOffloader:
         enable_events: bool = False,
         options: PipelineOptions | None = None,
     ) -> None:
-        names, tensors = _named(kv_caches)
-        self._layout = CacheLayout(tensors, blocks_per_chunk, _group_refs(names, tensors, groups))
+        self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
         size = parse_bytes("host_bytes", host_bytes)
         num_chunks = size // self._layout.slot_bytes
         if num_chunks < 1:
@@ -202,7 +99,7 @@ class KVOffloader:
         self._ids = itertools.count(1)
         self._jobs: dict[int, OffloadJob] = {}  # by transfer
         self._waiting: list[OffloadJob] = []  # for other jobs alone
-        self._storing: dict[bytes, OffloadJob] = {}
+        self._storing: dict[Key, OffloadJob] = {}
         self._finished: list[TransferResult] = []
         self._totals = {direction: DirectionStats() for direction in Direction}
         self._lookups = self._hits = self._evictions = 0
@@ -241,7 +138,7 @@ class KVOffloader:
                     f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks} "
                     f"chunks of which {self._manager.num_pinned} are pinned by transfers"
                 )
-            job = OffloadJob(self, next(self._ids), list(output.keys_to_store))
+            job = OffloadJob(self, next(self._ids), Direction.STORE, list(output.keys_to_store))
             job._others = [
                 self._storing[key] for key in output.pending_keys if key in self._storing
             ]
@@ -293,8 +190,7 @@ class KVOffloader:
             span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
             stored = self._offload_keys(keys, group)
             spec = self._manager.prepare_load(stored, span.masks())
-            job = OffloadJob(self, next(self._ids), stored)
-            job._direction = Direction.LOAD
+            job = OffloadJob(self, next(self._ids), Direction.LOAD, list(stored))
             try:
                 if len(ids):
                     transfer = self._queue.transfer_async(
@@ -439,7 +335,8 @@ class KVOffloader:
         return span
 
     def _offload_keys(self, keys: Sequence[bytes], group: int) -> list[bytes]:
-        """Keys as the manager knows them: with the group, as vLLM packs it, where there are several."""
+        """Keys as the manager knows them: where there are several groups, with the group's number
+        behind, as vLLM does."""
         for key in keys:
             if not isinstance(key, bytes):
                 raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
@@ -474,7 +371,7 @@ class KVOffloader:
         if job._transfers:
             return
         success = all(part.success for part in job._parts)
-        if job._direction is Direction.LOAD:
+        if job.direction is Direction.LOAD:
             self._manager.complete_load(job._keys)
         else:
             self._manager.complete_store(job._keys, success=success)
@@ -499,43 +396,9 @@ class KVOffloader:
                 sum(part.seconds for part in job._parts),
             )
         job._result = result
-        self._totals[job._direction] = self._totals[job._direction].add(result)
+        self._totals[job.direction] = self._totals[job.direction].add(result)
         self._finished.append(result)
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the offloader is closed")
-
-
-def _named(
-    kv_caches: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
-) -> tuple[list[str] | None, list[torch.Tensor]]:
-    if isinstance(kv_caches, Mapping):
-        return list(kv_caches), list(kv_caches.values())
-    if isinstance(kv_caches, torch.Tensor):
-        raise ValueError("kv_caches: expected a list or dict of tensors, got one tensor")
-    return None, list(kv_caches)
-
-
-def _group_refs(
-    names: list[str] | None,
-    tensors: list[torch.Tensor],
-    groups: Sequence[Sequence[int | str]] | None,
-) -> list[list[tuple[int, int]]] | None:
-    if groups is None:
-        return None
-    index: dict[int | str, int] = (
-        {i: i for i in range(len(tensors))}
-        if names is None
-        else {name: i for i, name in enumerate(names)}
-    )
-    refs = []
-    for position, group in enumerate(groups):
-        for member in group:
-            if member not in index:
-                raise ValueError(
-                    f"groups[{position}]: expected {'an index' if names is None else 'a name'} "
-                    f"of kv_caches, got {member!r}"
-                )
-        refs.append([(index[member], tensors[index[member]][0].nbytes) for member in group])
-    return refs

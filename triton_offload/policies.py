@@ -1,9 +1,9 @@
-"""Which chunk leaves the host pool when another needs its place: LRU and ARC.
+"""Which chunk leaves the host pool when another needs its place (LRU and ARC), and which slot.
 
-A policy knows keys only, and only those whose bytes are there: a chunk is admitted when its store
-has landed, so a store that failed never leaves a trace here. What is being read or written is
-held, which takes it out of the eviction order: an eviction takes the head of an order and never
-searches, however many chunks are in use.
+An eviction policy knows keys only, and only those whose bytes are there: a chunk is admitted when
+its store has landed, so a store that failed never leaves a trace here. What is being read or
+written is held, which takes it out of the eviction order: an eviction takes the head of an order
+and never searches, however many chunks are in use.
 
 Keys come in the order of their prefix. A chunk is of no use once a chunk before it is gone, so
 every method that makes several keys the most recent does it from the last to the first: the
@@ -13,11 +13,11 @@ leading one ends up as the most recent of them and outlives the rest.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol, TypeAlias
 
-Key: TypeAlias = Hashable
+Key: TypeAlias = bytes  # what is in use; nothing here needs more than a hashable
 _Order: TypeAlias = OrderedDict[Key, None]  # least recent first; a plain dict's head is not O(1)
 
 
@@ -99,7 +99,8 @@ class LRUPolicy:
         self._held.clear()
 
     def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
-        assert len(free) == len(self._order) and all(key in self._order for key in free)
+        assert len(free) == len(self._order)
+        assert all(key in self._order for key in free)
         assert self._held == set(held)
         assert len(self._order) + len(self._held) <= self._capacity
 
@@ -221,9 +222,9 @@ class ARCPolicy:
             self._ghost_frequent.popitem(last=False)
 
     def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
-        lists = (self._recent, self._frequent, self._ghost_recent, self._ghost_frequent, self._held)
-        names = set().union(*lists)
-        assert len(names) == sum(map(len, lists)), "a key is in two lists"
+        ghosts = [*self._ghost_recent, *self._ghost_frequent]
+        listed = [*self._recent, *self._frequent, *self._held, *ghosts]
+        assert len(listed) == len(set(listed)), "a key is in two lists"
         assert len(free) == len(self._recent) + len(self._frequent)
         assert all(key in self._recent or key in self._frequent for key in free)
         assert self._held.keys() == set(held)
@@ -231,7 +232,50 @@ class ARCPolicy:
         assert 0.0 <= self._target <= self._capacity
         num_recent = len(self._recent) + self._num_held_recent
         assert num_recent + len(self._ghost_recent) <= self._capacity
-        assert len(names) <= 2 * self._capacity
+        assert len(listed) <= 2 * self._capacity
+
+
+class FreeSlots:
+    """The free slots of a pool. They leave in ascending order, so that adjacent ones go together.
+
+    What one call freed is what the next call takes, and chunks that were stored together are
+    evicted together: sorted, their slots are adjacent again.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._unused = 0  # this one and all above have not been handed out since the last reset
+        self._returned: list[int] = []
+
+    def __len__(self) -> int:
+        return self._count - self._unused + len(self._returned)
+
+    def put(self, slots: Iterable[int]) -> None:
+        """Takes slots back."""
+        self._returned.extend(slots)
+
+    def take(self, count: int) -> list[int]:
+        """`count` slots; the caller has made sure that there are as many."""
+        start = self._unused
+        self._unused = min(start + count, self._count)
+        slots = list(range(start, self._unused))
+        rest = count - len(slots)
+        if rest:
+            slots += self._returned[-rest:]
+            del self._returned[-rest:]
+            slots.sort()
+        return slots
+
+    def reset(self, kept: AbstractSet[int]) -> None:
+        """Frees all but the `kept` slots."""
+        self._unused = self._count if kept else 0
+        self._returned = [slot for slot in reversed(range(self._unused)) if slot not in kept]
+
+    def _check(self, used: Collection[int]) -> None:
+        """Asserts that each slot is either free or one of `used`, once."""
+        free = [*self._returned, *range(self._unused, self._count)]
+        assert len(free) == len(self)
+        assert sorted([*free, *used]) == list(range(self._count)), "a slot is lost or doubled"
 
 
 def _put_back(order: _Order, spared: list[Key]) -> None:

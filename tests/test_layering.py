@@ -1,0 +1,127 @@
+"""Imports point one way, and each part needs no more than it says."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "triton_offload"
+
+# From the bottom up: a module may import those of lower layers, and its own.
+LAYERS = [
+    {"kernels.table", "kernels.compiling", "specs", "sizes", "chunks", "policies", "models"},
+    {"kernels.pages", "kernels.reference", "manager", "calibration", "stats"},
+    {"device.base", "device.host_pages"},
+    {"device.host", "device.cuda"},
+    {"device"},
+    {"layout", "host_pool"},
+    {"staging", "pieces"},
+    {"paths"},
+    {"lane"},
+    {"pipeline"},
+    {"worker"},
+    {"queue_manager"},
+    {"job"},
+    {"offloader"},
+    {""},  # the package itself: its public names
+    {"replay", "vllm"},
+    {"demo"},
+    {"cli"},
+]
+LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    found = {}
+    for file in files:
+        parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
+        if parts[-1] == "__init__":
+            parts.pop()
+        found[".".join(parts)] = file
+    return found
+
+
+def imports(name: str, file: Path) -> set[str]:
+    """The project's modules that a module imports, type-checking blocks apart."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, ["triton_offload", package, base]))
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            known = {f"triton_offload.{module}".rstrip(".") for module in LAYER_OF}
+            found |= {n if n in known else base for n in names}
+    return {
+        n.removeprefix("triton_offload").removeprefix(".")
+        for n in found
+        if n.split(".")[0] == "triton_offload"
+    }
+
+
+def test_every_module_has_its_layer():
+    assert set(modules()) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("name", sorted(LAYER_OF), ids=lambda name: name or "triton_offload")
+def test_imports_point_one_way(name):
+    for other in imports(name, modules()[name]):
+        assert LAYER_OF[other] < LAYER_OF[name] or other == "kernels.table", (
+            f"{name} imports {other}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("triton_offload", ["torch", "triton", "vllm", "numpy"]),
+        ("triton_offload.manager", ["torch", "triton", "vllm"]),
+        ("triton_offload.offloader", ["vllm", "typer", "rich"]),
+        ("triton_offload.kernels.pages", ["triton_offload.specs", "vllm"]),
+        ("triton_offload.cli", ["vllm"]),
+    ],
+)
+def test_a_part_loads_no_more_than_it_needs(module, forbidden):
+    code = (
+        f"import sys, {module}\n"
+        f"loaded = [name for name in {forbidden!r} if name in sys.modules]\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_the_plug_in_and_the_demo_name_vllm():
+    users = [
+        name
+        for name, file in modules().items()
+        if any(
+            (isinstance(node, ast.Import) and node.names[0].name.split(".")[0] == "vllm")
+            or (
+                isinstance(node, ast.ImportFrom)
+                and node.level == 0
+                and (node.module or "").split(".")[0] == "vllm"
+            )
+            for node in ast.walk(ast.parse(file.read_text()))
+        )
+    ]
+    assert set(users) <= {"vllm", "demo"}

@@ -1,0 +1,374 @@
+"""LRU and ARC: alone, and below a manager that random actions drive.
+
+The manager's answers are compared with those of a plain model; for LRU these include which chunk
+is evicted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from triton_offload.manager import (
+    ChunkState,
+    CPUOffloadingManager,
+    OffloadingEvent,
+    PendingKeyError,
+    UnknownKeyError,
+    UnwrittenBlocksError,
+)
+from triton_offload.policies import ARCPolicy, FreeSlots, LRUPolicy
+
+A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"
+NOBODY: set[bytes] = set()
+
+
+@pytest.mark.parametrize("policy", [LRUPolicy(9), ARCPolicy(9)], ids=["lru", "arc"])
+def test_protected_and_held_keys_keep_their_places(policy: LRUPolicy | ARCPolicy) -> None:
+    policy.admit([E, D, C, B, A])  # A is the least recent one
+    policy.hold([B])
+    assert policy.evict(1, {A}) == [C]
+    policy._check(free=[A, D, E], held=[B])
+    assert policy.evict(2, NOBODY) == [A, D]
+    policy.release([B])
+    assert policy.evict(2, NOBODY) == [E, B]
+
+
+def test_lru_evicts_what_was_used_least_recently() -> None:
+    policy = LRUPolicy(4)
+    policy.admit([D, C, B, A])
+    policy.touch([C, A, E])  # E is unknown
+    assert policy.evict(4, NOBODY) == [B, D, A, C]
+
+
+def test_arc_keeps_what_was_used_twice_from_a_scan() -> None:
+    policy = ARCPolicy(3)
+    policy.admit([A])
+    policy.touch([A])
+    policy.admit([B, C])
+    for scanned in (b"1", b"2", b"3", b"4", b"5"):
+        assert policy.evict(1, NOBODY) != [A]
+        policy.admit([scanned])
+        policy._check(free=[A, *policy._recent], held=[])
+
+
+def test_arc_a_touch_counts_while_a_key_is_held() -> None:
+    policy = ARCPolicy(2)
+    policy.admit([A, B])
+    policy.hold([A])
+    policy.touch([A])
+    policy.release([A])
+    policy.touch([B])
+    policy.hold([B])
+    policy._check(free=[A], held=[B])
+    assert (list(policy._frequent), policy._held) == ([A], {B: True})
+
+
+def test_arc_a_ghost_that_returns_moves_the_target_towards_its_list() -> None:
+    policy = ARCPolicy(2)
+    policy.admit([A])
+    policy.touch([A])
+    policy.admit([B])
+    assert policy.evict(1, NOBODY) == [B]  # the target of the recent list is 0
+    policy.admit([B])
+    assert policy._target == 1.0
+    assert policy.evict(1, NOBODY) == [A]  # nothing is left in recent: B was used again
+    policy.admit([C])
+    assert policy.evict(1, NOBODY) == [B]  # recent is within its target, so frequent gives
+    policy.admit([A])
+    assert policy._target == 0.0
+
+
+def test_arc_a_ghost_teaches_only_when_its_store_has_landed() -> None:
+    manager = CPUOffloadingManager(2, "arc")
+    policy = manager._policy
+    assert isinstance(policy, ARCPolicy)
+    for keys in ([A], [B], [C]):
+        if keys == [B]:
+            manager.touch([A])
+        output = manager.prepare_store(keys)
+        assert output is not None
+        manager.complete_store(output.keys_to_store)
+    assert list(policy._ghost_recent) == [B]
+    manager.prepare_store([B])
+    manager.complete_store([B], success=False)
+    manager._check()
+    assert B in policy._ghost_recent
+    assert policy._target == 0.0
+
+
+@given(
+    capacity=st.integers(1, 6),
+    references=st.lists(st.integers(0, 12).map(lambda i: b"%d" % i), max_size=120),
+)
+def test_arc_agrees_with_the_paper_s_lists(capacity: int, references: list[bytes]) -> None:
+    """One key at a time, with plain lists; ghosts teach after the eviction, as documented."""
+    policy = ARCPolicy(capacity)
+    t1: list[bytes] = []
+    t2: list[bytes] = []
+    b1: list[bytes] = []
+    b2: list[bytes] = []
+    target = 0.0
+    for key in references:
+        if key in t1 or key in t2:
+            policy.touch([key])
+            (t1 if key in t1 else t2).remove(key)
+            t2.append(key)
+            continue
+        if len(t1) + len(t2) == capacity:
+            source, ghosts = (t1, b1) if t1 and (len(t1) > target or not t2) else (t2, b2)
+            ghosts.append(source.pop(0))
+            assert policy.evict(1, NOBODY) == ghosts[-1:]
+            del b2[: max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * capacity)]
+        policy.admit([key])
+        if key in b1:
+            target = min(capacity, target + max(1, len(b2) / len(b1)))
+            b1.remove(key)
+            t2.append(key)
+        elif key in b2:
+            target = max(0, target - max(1, len(b1) / len(b2)))
+            b2.remove(key)
+            t2.append(key)
+        else:
+            t1.append(key)
+        del b1[: max(0, len(t1) + len(b1) - capacity)]
+        del b2[: max(0, len(t1) + len(t2) + len(b1) + len(b2) - 2 * capacity)]
+        policy._check(free=t1 + t2, held=[])
+        assert [list(policy._recent), list(policy._frequent)] == [t1, t2]
+        assert [list(policy._ghost_recent), list(policy._ghost_frequent)] == [b1, b2]
+        assert policy._target == target
+
+
+def test_free_slots_leave_in_ascending_order() -> None:
+    slots = FreeSlots(6)
+    assert slots.take(6) == [0, 1, 2, 3, 4, 5]
+    slots.put([5, 2, 4])
+    slots._check(used=[0, 1, 3])
+    assert slots.take(2) == [2, 4]
+    slots.reset(kept={3})
+    assert slots.take(5) == [0, 1, 2, 4, 5]
+
+
+@dataclass
+class Model:
+    """What the manager should know of one chunk, in sets of blocks."""
+
+    slot: int
+    written: int = 0
+    storing: int = 0
+    loads: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.loads or self.storing)
+
+
+KEYS = [bytes([i]) for i in range(9)]
+key_lists = st.lists(st.sampled_from(KEYS), max_size=5, unique=True)
+masks = st.lists(st.integers(1, 7), min_size=5, max_size=5)
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Every operation in any order; the manager's answers are compared with the model's."""
+
+    @initialize(num_chunks=st.integers(1, 6), policy=st.sampled_from(["lru", "arc"]))
+    def start(self, num_chunks: int, policy: str) -> None:
+        self.manager = CPUOffloadingManager(num_chunks, policy, 3, enable_events=True)
+        self.lru = policy == "lru"
+        self.live: dict[bytes, Model] = {}
+        self.old: dict[bytes, list[Model]] = defaultdict(list)
+        self.order: list[bytes] = []  # idle ready chunks, least recent first (exact for LRU)
+        self.loads: list[list[bytes]] = []
+        self.stores: list[list[bytes]] = []
+        self.events: list[OffloadingEvent] = []
+
+    def recent(self, keys: list[bytes]) -> None:
+        for key in reversed(keys):
+            if key in self.order:
+                self.order.remove(key)
+            if key in self.live and self.live[key].written and not self.live[key].busy:
+                self.order.append(key)
+
+    def record(self, keys: list[bytes], removed: bool) -> None:
+        if keys:
+            self.events.append(OffloadingEvent(tuple(keys), removed))
+
+    def everything(self) -> list[Model]:
+        return [*self.live.values(), *(m for ms in self.old.values() for m in ms if m.busy)]
+
+    @rule(keys=key_lists, blocks=masks)
+    def look_up(self, keys: list[bytes], blocks: list[int]) -> None:
+        written = [self.live[key].written if key in self.live else 0 for key in keys]
+        found = [bool(mask) for mask in written]
+        assert self.manager.lookup(keys) == [*found, False].index(False)
+        wanted = blocks[: len(keys)]
+        covered = [w & mask == w for w, mask in zip(wanted, written, strict=True)]
+        assert self.manager.lookup(keys, wanted) == [*covered, False].index(False)
+
+    @rule(keys=key_lists)
+    def touch(self, keys: list[bytes]) -> None:
+        self.manager.touch(keys)
+        self.recent(keys)
+
+    @rule(keys=key_lists, blocks=masks, whole=st.booleans())
+    def prepare_store(self, keys: list[bytes], blocks: list[int], whole: bool) -> None:
+        offered = dict(zip(keys, [7] * 5 if whole else blocks, strict=False))
+        output = self.manager.prepare_store(keys, None if whole else list(offered.values()))
+        new = [key for key in keys if key not in self.live]
+        free = self.manager.num_chunks - len(self.everything())
+        candidates = [key for key in self.order if key not in keys]
+        num_evicted = max(0, len(new) - free)
+        if num_evicted > len(candidates):
+            assert output is None
+            return
+        assert output is not None
+        assert len(set(output.evicted_keys)) == num_evicted
+        assert set(output.evicted_keys) <= set(candidates)
+        if self.lru:
+            assert list(output.evicted_keys) == candidates[:num_evicted]
+        for key in output.evicted_keys:
+            del self.live[key]
+            self.order.remove(key)
+        self.record(list(output.evicted_keys), removed=True)
+
+        fresh = output.store_spec.fresh
+        assert fresh is not None
+        slots = output.store_spec.slot_ids.tolist()
+        answers = {
+            key: (mask, slot, bool(flag))
+            for key, mask, slot, flag in zip(
+                output.keys_to_store, output.blocks, slots, fresh, strict=True
+            )
+        }
+        assert list(answers) == [key for key in keys if key in answers]
+        for key in keys:
+            chunk = self.live.get(key)
+            missing = offered[key] & ~(chunk.written if chunk else 0)
+            waits = bool(missing and chunk and chunk.storing)
+            assert (key in output.pending_keys) == waits
+            assert (key in answers) == (bool(missing) and not waits)
+            if key in answers:
+                mask, slot, flag = answers[key]
+                assert (mask, flag) == (missing, chunk is None)
+                if chunk is None:
+                    assert slot not in {m.slot for m in self.everything()}, "slot in use"
+                    chunk = self.live[key] = Model(slot)
+                assert slot == chunk.slot
+                chunk.storing = mask
+                if key in self.order:
+                    self.order.remove(key)
+        if answers:
+            self.stores.append(list(answers))
+
+    @precondition(lambda self: self.stores)
+    @rule(data=st.data(), success=st.booleans())
+    def complete_store(self, data: st.DataObject, success: bool) -> None:
+        job = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
+        self.manager.complete_store(job, success)
+        stored = []
+        extended = []
+        for key in job:
+            old = [m for m in self.old[key] if m.storing]
+            if old:
+                old[0].storing = 0
+                continue
+            chunk = self.live[key]
+            mask, chunk.storing = chunk.storing, 0
+            if not chunk.written and success:
+                stored.append(key)
+            elif not chunk.written:
+                del self.live[key]
+            else:
+                extended.append(key)
+            chunk.written |= mask if success else 0
+        self.recent(extended)
+        self.recent(stored)
+        self.record(stored, removed=False)
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4), blocks=masks, whole=st.booleans())
+    def prepare_load(self, keys: list[bytes], blocks: list[int], whole: bool) -> None:
+        wanted = [7] * len(keys) if whole else blocks[: len(keys)]
+        expected: type[Exception] | None = None
+        for key, mask in zip(keys, wanted, strict=True):
+            if key not in self.live:
+                expected = UnknownKeyError
+            elif not self.live[key].written:
+                expected = PendingKeyError
+            elif mask & ~self.live[key].written:
+                expected = UnwrittenBlocksError
+            if expected:
+                break
+        if expected:
+            with pytest.raises(expected):
+                self.manager.prepare_load(keys, None if whole else wanted)
+            return
+        spec = self.manager.prepare_load(keys, None if whole else wanted)
+        assert spec.slot_ids.tolist() == [self.live[key].slot for key in keys]
+        for key in keys:
+            self.live[key].loads += 1
+            if key in self.order:
+                self.order.remove(key)
+        if keys:
+            self.loads.append(keys)
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data())
+    def complete_load(self, data: st.DataObject) -> None:
+        job = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
+        self.manager.complete_load(job)
+        freed = []
+        for key in job:
+            old = [m for m in self.old[key] if m.loads]
+            chunk = old[0] if old else self.live[key]
+            chunk.loads -= 1
+            if not old and not chunk.busy:
+                freed.append(key)
+        self.recent(freed)
+
+    @rule(key=st.sampled_from(KEYS))
+    def complete_what_was_not_prepared(self, key: bytes) -> None:
+        chunks = [*self.old[key], *([self.live[key]] if key in self.live else [])]
+        if not any(m.loads for m in chunks):
+            with pytest.raises(ValueError, match="being loaded"):
+                self.manager.complete_load([*(self.loads[0] if self.loads else []), key])
+        if not any(m.storing for m in chunks):
+            with pytest.raises(ValueError, match="being stored"):
+                self.manager.complete_store([*(self.stores[0] if self.stores else []), key])
+
+    @rule()
+    def reset(self) -> None:
+        self.manager.reset()
+        self.record([key for key, m in self.live.items() if m.written], removed=True)
+        for key, chunk in self.live.items():
+            self.old[key].append(chunk)
+        self.live.clear()
+        self.order.clear()
+
+    @rule()
+    def take_events(self) -> None:
+        assert [(set(e.keys), e.removed) for e in self.manager.take_events()] == [
+            (set(e.keys), e.removed) for e in self.events
+        ]
+        self.events.clear()
+
+    @invariant()
+    def agrees(self) -> None:
+        self.manager._check()
+        assert self.manager.num_used == len(self.everything())
+        assert self.manager.num_pinned == sum(m.busy for m in self.everything())
+        for key in KEYS:
+            state = self.manager.lookup_state(key)
+            chunk = self.live.get(key)
+            if chunk is None:
+                assert state is ChunkState.MISSING
+            else:
+                assert state is (ChunkState.READY if chunk.written else ChunkState.PENDING)
+
+
+ManagerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestManagerAgainstItsModel = ManagerMachine.TestCase

@@ -1,0 +1,83 @@
+"""A real vLLM engine: what it answers when its KV cache comes from our host pool.
+
+The model is a tiny random Llama in float32. Before every load all bytes of the device's KV cache
+are overwritten, so that an answer can only be right if the load was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+_SCRIPT = Path(__file__).with_name("engine.py")
+
+
+class Scenarios:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.run("model")
+
+    def run(self, scenario: str, blocks_per_chunk: int = 1) -> dict[str, Any]:
+        output = self._folder / "output.json"
+        model = self._folder / "model"
+        command = [sys.executable, _SCRIPT, scenario, model, output, str(blocks_per_chunk)]
+        done = subprocess.run(
+            command, cwd=_SCRIPT.parent.parent, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{scenario}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        seen: dict[str, Any] = json.loads(output.read_text())
+        return seen
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
+    return Scenarios(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module")
+def plain(scenarios: Scenarios) -> dict[str, Any]:
+    """The answers of an engine without a connector."""
+    seen = scenarios.run("plain")
+    # Outputs of nearly tied logits may flip with the shape of the batch alone.
+    assert seen["smallest_margin"] > 1e-3
+    return seen
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2, 4])
+def test_loaded_outputs_equal_those_without_a_connector(
+    scenarios: Scenarios, plain: dict[str, Any], blocks_per_chunk: int
+) -> None:
+    seen = scenarios.run("intact", blocks_per_chunk)
+    assert seen["stored"] == plain["single"]
+    assert seen["loaded"] == plain["single"]
+    assert seen["loads"] == len(plain["single"])  # each prompt had something to load
+    assert seen["stores"] > 0
+    assert seen["loaded_bytes"] > 0
+
+
+def test_a_load_that_does_nothing_or_loads_flipped_bytes_changes_outputs(
+    scenarios: Scenarios, plain: dict[str, Any]
+) -> None:
+    seen = scenarios.run("broken", 2)
+    assert seen["skipped"] == len(plain["single"])
+    for wrong in ("without_load", "flipped"):
+        same = [a == b for a, b in zip(seen[wrong], plain["single"], strict=True)]
+        assert not any(same), f"{wrong}: outputs that should differ: {same}"
+    assert seen["mended"] == plain["single"]
+
+
+def test_outputs_stay_equal_under_pressure(scenarios: Scenarios, plain: dict[str, Any]) -> None:
+    seen = scenarios.run("pressure", 2)
+    for i, answers in enumerate(seen["answers"]):
+        assert answers == plain["crowd"], f"round {i}"
+    # Both caches were too small: requests were preempted, chunks evicted, stored and loaded again.
+    assert seen["preempted"] >= 20
+    assert seen["loads"] >= 200
+    assert seen["stores"] >= 100
