@@ -72,6 +72,11 @@ def device_target(device: torch.device) -> GPUTarget:
         return triton.runtime.driver.active.get_current_target()
 
 
+def backend_of(kernel: Any, device: torch.device) -> str:
+    """``cuda`` or ``hip``; the interpreter passes for the former."""
+    return "cuda" if is_interpreted(kernel) else str(device_target(device).backend)
+
+
 def load_kernel(kernel: Any, spec: KernelSpec, device: torch.device) -> Any:
     """Compile ``kernel`` for ``device`` and load it there, if that was not done before."""
     handle = compile_kernel(kernel, spec, device_target(device), device.index)

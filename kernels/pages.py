@@ -300,13 +300,9 @@ def prepare(
         config: What the launches will use; None for both of ``choose_config``.
     """
     _check_table(table)
-    backend = _backend(table)
-    configs = (
-        [config]
-        if config is not None
-        else [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
-    )
-    for each in configs:
+    backend = compiling.backend_of(_gather_kernel, table.device)
+    both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
+    for each in both if config is None else [config]:
         for spec, _ in _plan(table, slots_alignment, each):
             for kernel in (_gather_kernel, _scatter_kernel):
                 if not compiling.is_interpreted(kernel):
@@ -332,7 +328,9 @@ def _transfer(
         )
     run = check_run(table, block_ids, slots.shape[0], slot_ids, first_block, direction=direction)
     if config is None:
-        config = choose_config(zero_copy=zero_copy, backend=_backend(table))
+        config = choose_config(
+            zero_copy=zero_copy, backend=compiling.backend_of(_gather_kernel, table.device)
+        )
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
     kernel = _gather_kernel if direction == "gather" else _scatter_kernel
@@ -400,9 +398,3 @@ def _check_table(table: PageTable) -> None:
             f"table: expected tensors on a GPU, got tensors on {table.device}; pages in host "
             f"memory are moved by triton_offload.kernels.reference"
         )
-
-
-def _backend(table: PageTable) -> str:
-    if compiling.is_interpreted(_gather_kernel):
-        return "cuda"
-    return str(compiling.device_target(table.device).backend)

@@ -28,6 +28,14 @@ class KernelConfig:
     programs: int
     """CTAs of a launch: how many SMs it may keep busy."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("warps", 1), ("tile_bytes", 1024)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two >= {least}, got {value}")
+        if self.programs < 1:
+            raise ValueError(f"programs: expected at least 1, got {self.programs}")
+
 
 def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
     """The configuration for slots in mapped host memory (``zero_copy``) or in device memory.

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
-    {"kernels.table", "kernels.compiling", "specs", "sizes", "chunks", "policies", "models"},
+    {"kernels.table", "kernels.compiling", "kernels.tiling", "specs", "sizes", "chunks", "policies", "models"},
     {"kernels.pages", "kernels.reference", "manager", "calibration", "stats"},
     {"device.base", "device.host_pages"},
     {"device.host", "device.cuda"},

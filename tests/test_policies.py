@@ -168,15 +168,15 @@ class Model:
         return bool(self.loads or self.storing)
 
 
-KEYS = [bytes([i]) for i in range(9)]
-key_lists = st.lists(st.sampled_from(KEYS), max_size=5, unique=True)
+KEYS = [bytes([i]) for i in range(7)]
+key_lists = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
 masks = st.lists(st.integers(1, 7), min_size=5, max_size=5)
 
 
 class ManagerMachine(RuleBasedStateMachine):
     """Every operation in any order; the manager's answers are compared with the model's."""
 
-    @initialize(num_chunks=st.integers(1, 6), policy=st.sampled_from(["lru", "arc"]))
+    @initialize(num_chunks=st.integers(2, 5), policy=st.sampled_from(["lru", "arc"]))
     def start(self, num_chunks: int, policy: str) -> None:
         self.manager = CPUOffloadingManager(num_chunks, policy, 3, enable_events=True)
         self.lru = policy == "lru"
@@ -214,6 +214,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def touch(self, keys: list[bytes]) -> None:
         self.manager.touch(keys)
         self.recent(keys)
+
+    @rule(keys=key_lists, blocks=masks, whole=st.booleans())
+    def store_at_once(self, keys: list[bytes], blocks: list[int], whole: bool) -> None:
+        before = len(self.stores)
+        self.prepare_store(keys, blocks, whole)
+        if len(self.stores) > before:
+            self.end_store(self.stores.pop(), success=True)
 
     @rule(keys=key_lists, blocks=masks, whole=st.booleans())
     def prepare_store(self, keys: list[bytes], blocks: list[int], whole: bool) -> None:
@@ -269,6 +276,9 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), success=st.booleans())
     def complete_store(self, data: st.DataObject, success: bool) -> None:
         job = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
+        self.end_store(job, success)
+
+    def end_store(self, job: list[bytes], success: bool) -> None:
         self.manager.complete_store(job, success)
         stored = []
         extended = []
@@ -290,7 +300,14 @@ class ManagerMachine(RuleBasedStateMachine):
         self.recent(stored)
         self.record(stored, removed=False)
 
-    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4), blocks=masks, whole=st.booleans())
+    @precondition(lambda self: any(chunk.written for chunk in self.live.values()))
+    @rule(data=st.data())
+    def load_written(self, data: st.DataObject) -> None:
+        ready = [key for key, chunk in self.live.items() if chunk.written]
+        keys = data.draw(st.lists(st.sampled_from(ready), min_size=1, max_size=3))
+        self.prepare_load(keys, [self.live[key].written for key in keys], False)
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=3), blocks=masks, whole=st.booleans())
     def prepare_load(self, keys: list[bytes], blocks: list[int], whole: bool) -> None:
         wanted = [7] * len(keys) if whole else blocks[: len(keys)]
         expected: type[Exception] | None = None
@@ -340,8 +357,10 @@ class ManagerMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="being stored"):
                 self.manager.complete_store([*(self.stores[0] if self.stores else []), key])
 
-    @rule()
-    def reset(self) -> None:
+    @rule(dice=st.integers(0, 5))
+    def reset(self, dice: int) -> None:
+        if dice != 1:  # rarely, or nothing would ever be evicted
+            return
         self.manager.reset()
         self.record([key for key, m in self.live.items() if m.written], removed=True)
         for key, chunk in self.live.items():
@@ -370,5 +389,5 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert state is (ChunkState.READY if chunk.written else ChunkState.PENDING)
 
 
-ManagerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+ManagerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 TestManagerAgainstItsModel = ManagerMachine.TestCase

@@ -7,6 +7,7 @@ no dependency of this package, is imported inside functions only, and so is tran
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from triton_offload.vllm import TritonOffloadingWorker
+    from triton_offload.vllm import TransferCounts, TritonOffloadingWorker
 
 # As float32 it reads 12.08: wrong as a key and as a value, and no NaN that would spread through
 # the masked positions of an attention kernel.
@@ -34,6 +35,7 @@ _POISON_BYTE = 0x41
 _CACHE = Path(".cache")
 _BLOCK_TOKENS = 32  # the smallest that vLLM's CPU attention takes
 _OUTPUT_TOKENS = 16
+_DOCUMENTS, _QUESTIONS_EACH, _WORDS = 2, 4, 850  # some 1,300 tokens a prompt
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,9 @@ def _poison_pages(worker: Any) -> int:
 def tiny_llama(path: Path) -> Path:
     """Make and save a tiny random Llama whose answers depend on all of its context."""
     if not (path / "config.json").exists():
-        from transformers import LlamaConfig, LlamaForCausalLM
-
+        transformers = _transformers()
         torch.manual_seed(0)
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=512,
             hidden_size=128,
             intermediate_size=256,
@@ -182,8 +183,15 @@ def tiny_llama(path: Path) -> Path:
             initializer_range=0.2,  # at 0.02 its logits are nearly tied
             tie_word_embeddings=False,
         )
-        LlamaForCausalLM(config).save_pretrained(path)
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+def _transformers() -> Any:
+    """The module as Any: half of what is used of it is untyped."""
+    transformers = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def small_model(cache: Path = _CACHE) -> tuple[str, Path]:
@@ -196,9 +204,7 @@ def small_model(cache: Path = _CACHE) -> tuple[str, Path]:
     weights = next(source.glob("*.gguf"), None) if source is not None else None
     if weights is None or importlib.util.find_spec("gguf") is None:
         return "tiny random Llama", tiny_llama(cache / "tiny-llama")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
+    transformers = _transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(source),
         gguf_file=weights.name,
@@ -218,12 +224,10 @@ def shared_prefix_prompts(
     rng = random.Random(seed)
     tokenizer = None
     if (model / "tokenizer_config.json").exists():
-        import transformers
-
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(model))
     prompts = []
     for _ in range(num_documents):
-        names = [f"{rng.choice(_FIRST)} {rng.choice(_LAST)}" for _ in range(8)]
+        names = rng.sample(_NAMES, 5)
         document, count = "", 0
         while count < num_words:
             sentence = rng.choice(_SENTENCES).format(
@@ -237,22 +241,19 @@ def shared_prefix_prompts(
     return prompts
 
 
-_FIRST = ["Ada", "Boris", "Chen", "Dalia", "Emeka", "Freya", "Goran", "Hana"]
-_LAST = ["Okafor", "Lindqvist", "Moreau", "Tanaka", "Novak", "Silva", "Haddad"]
+_NAMES = ["Ada Okafor", "Boris Novak", "Chen Wei", "Dalia Haddad", "Emeka Obi", "Freya Lind"]
 _SENTENCES = [
     "{a} counted {n} crates in the northern hall and wrote the number down twice.",
-    "At noon {b} met {a} by the old crane, and they spoke for {n} minutes about the tide.",
+    "At noon {b} met {a} by the old crane and spoke of the tide for {n} minutes.",
     "The ledger of {a} lists {n} barrels of oil, of which {b} had sold the half.",
     "Nobody believed {b} when the radio reported {n} ships beyond the bay.",
     "For {n} days {a} repaired the lighthouse while {b} kept the boats away.",
-    "In the evening {a} sent letter number {n} to the harbour master.",
 ]
 _QUESTIONS = [
     "What did {a} do in the northern hall?",
     "Whom did {a} meet by the crane, and what was it about?",
     "How many barrels does the ledger of {a} list?",
     "Why did nobody believe {a}?",
-    "Who repaired the lighthouse, and how long did it take?",
 ]
 
 
@@ -264,12 +265,8 @@ class DemoResult:
     platform: str
     num_prompts: int
     prompt_tokens: int
-    stores: int
-    stored_bytes: int
-    store_gb_per_second: float
-    loads: int
-    loaded_bytes: int
-    load_gb_per_second: float
+    stores: TransferCounts
+    loads: TransferCounts
     seconds_to_first_recomputed: float
     seconds_to_first_loaded: float
     equal_outputs: int
@@ -282,7 +279,7 @@ class DemoResult:
 
 def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
     """Answer every prompt recomputed and loaded; `advance()` is called after each request."""
-    prompts = shared_prefix_prompts(model, 2, 4, 850)
+    prompts = shared_prefix_prompts(model, _DOCUMENTS, _QUESTIONS_EACH, _WORDS)
     with _quiet(_CACHE / "demo-engine.log"):
         engine = Engine(
             model,
@@ -318,18 +315,15 @@ def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
         for i, (a, b) in enumerate(zip(recomputed, loaded, strict=True))
         if a.token_ids != b.token_ids
     ]
-    stores, loads = engine.worker.stores, engine.worker.loads
+    worker = engine.worker
+    assert worker.pool is not None
     return DemoResult(
         model=name,
-        platform=str(engine.worker.pool.device.name if engine.worker.pool else ""),
+        platform=worker.pool.device.name,
         num_prompts=len(prompts),
         prompt_tokens=sum(map(len, prompts)),
-        stores=stores.jobs,
-        stored_bytes=stores.num_bytes,
-        store_gb_per_second=stores.num_bytes / max(stores.seconds, 1e-9) / 1e9,
-        loads=loads.jobs,
-        loaded_bytes=loads.num_bytes,
-        load_gb_per_second=loads.num_bytes / max(loads.seconds, 1e-9) / 1e9,
+        stores=worker.stores,
+        loads=worker.loads,
         seconds_to_first_recomputed=statistics.median(g.seconds_to_first for g in recomputed),
         seconds_to_first_loaded=statistics.median(g.seconds_to_first for g in loaded),
         equal_outputs=len(prompts) - len(differences),
@@ -348,12 +342,16 @@ def _difference(index: int, a: Generation, b: Generation) -> str:
 def run_demo(json_output: bool = False) -> int:
     """Run the demonstration and print its table, or one JSON object.
 
-    Returns the exit status: 0 where all outputs are equal, 1 where one differs.
+    Returns the exit status: 0 where all outputs are equal, 1 where one differs, 2 without vLLM.
     """
     console = Console(stderr=json_output)
+    if importlib.util.find_spec("vllm") is None:
+        console.print("the demo serves a model with vLLM, which is not installed (see `make demo`)")
+        return 2
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("preparing the model and the engine", total=24)
+        requests = 3 * _DOCUMENTS * _QUESTIONS_EACH  # recomputed, stored, loaded
+        task = progress.add_task("preparing the model and the engine", total=requests)
         name, model = small_model()
 
         def advance() -> None:
@@ -370,10 +368,10 @@ def run_demo(json_output: bool = False) -> int:
 def _print_table(console: Console, result: DemoResult) -> None:
     title = f"{result.model} in vLLM on the {result.platform}: {result.num_prompts} prompts"
     table = Table("", "device to host", "host to device", title=title)
-    table.add_row("jobs", f"{result.stores}", f"{result.loads}")
-    stored, loaded = result.stored_bytes / 2**20, result.loaded_bytes / 2**20
-    table.add_row("bytes", f"{stored:.1f} MiB", f"{loaded:.1f} MiB")
-    rates = (result.store_gb_per_second, result.load_gb_per_second)
+    ways = (result.stores, result.loads)
+    table.add_row("jobs", *(f"{way.jobs}" for way in ways))
+    table.add_row("bytes", *(f"{way.num_bytes / 2**20:.1f} MiB" for way in ways))
+    rates = (way.num_bytes / max(way.seconds, 1e-9) / 1e9 for way in ways)
     table.add_row("rate", *(f"{rate:.2f} GB/s" for rate in rates))
     console.print(table)
     a, b = result.seconds_to_first_recomputed, result.seconds_to_first_loaded
@@ -392,19 +390,18 @@ def _quiet(log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
+    saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+    try:
+        with log.open("w") as file:
+            for fd, _ in saved:
+                os.dup2(file.fileno(), fd)
             yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, original in saved:
+            os.dup2(original, fd)
+            os.close(original)
 
 
 if __name__ == "__main__":

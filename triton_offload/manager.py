@@ -93,7 +93,7 @@ class OffloadingManager(ABC):
 
     @abstractmethod
     def complete_store(self, keys: Sequence[Key], success: bool = True) -> None:
-        """Ends the stores of `keys`. A failed store leaves nothing behind that could be loaded.
+        """Ends the stores of `keys`; a failed one leaves nothing behind that could be loaded.
 
         Raises ValueError on a key that isn't being stored, or that is given twice.
         """
@@ -192,15 +192,12 @@ class CPUOffloadingManager(OffloadingManager):
         return ChunkState.READY if chunk.written else ChunkState.PENDING
 
     def lookup(self, keys: Sequence[Key], blocks: Sequence[int] | None = None) -> int:
-        get = self._chunks.get
-        length = 0
         masks = repeat(0) if blocks is None else self._masks(keys, blocks)
-        for key, wanted in zip(keys, masks, strict=False):
-            chunk = get(key)
+        for length, (key, wanted) in enumerate(zip(keys, masks, strict=False)):
+            chunk = self._chunks.get(key)
             if chunk is None or not chunk.written or wanted & ~chunk.written:
-                break
-            length += 1
-        return length
+                return length
+        return len(keys)
 
     def touch(self, keys: Sequence[Key]) -> None:
         self._policy.touch(keys)
@@ -210,14 +207,16 @@ class CPUOffloadingManager(OffloadingManager):
     ) -> PrepareStoreOutput | None:
         offered_keys = _distinct(keys)
         get = self._chunks.get
-        to_store: list[tuple[Key, int, _Chunk | None]] = []  # key, blocks to store, present chunk
+        to_store: list[Key] = []
+        to_write: list[int] = []  # their masks
         pending: list[Key] = []
         extended: list[Key] = []  # idle chunks to be extended
         num_new = num_idle = 0
         for key, offered in zip(keys, self._masks(keys, blocks), strict=False):
             chunk = get(key)
             if chunk is None:
-                to_store.append((key, offered, None))
+                to_store.append(key)
+                to_write.append(offered)
                 num_new += 1
                 continue
             missing = offered & ~chunk.written
@@ -226,56 +225,66 @@ class CPUOffloadingManager(OffloadingManager):
             if missing and chunk.storing:
                 pending.append(key)
             elif missing:
-                to_store.append((key, missing, chunk))
+                to_store.append(key)
+                to_write.append(missing)
                 if idle:
                     extended.append(key)
 
         num_to_evict = max(0, num_new - len(self._slots))
-        num_evictable = self.num_used - self._num_busy - num_idle
-        if num_to_evict > num_evictable:
+        if num_to_evict > self.num_used - self._num_busy - num_idle:
             return None
         evicted = self._policy.evict(num_to_evict, offered_keys)
-        self._slots.put([self._chunks.pop(key).slot for key in evicted])
+        self._slots.put([chunk.slot for chunk in map(self._chunks.pop, evicted)])
         self._record(evicted, removed=True)
         self._policy.hold(extended)
         self._num_busy += num_new + len(extended)
-        new_slots = iter(self._slots.take(num_new))
-        slots: list[int] = []
-        for key, mask, chunk in to_store:
-            if chunk is None:
-                chunk = self._chunks[key] = _Chunk(next(new_slots), mask)
-            else:
-                chunk.storing = mask
-            slots.append(chunk.slot)
-        fresh = True if num_new == len(slots) else [chunk is None for _, _, chunk in to_store]
+        slots = self._slots.take(num_new)
+        fresh: bool | list[bool] = True
+        if num_new == len(to_store):
+            self._chunks.update(zip(to_store, map(_Chunk, slots, to_write), strict=True))
+        else:
+            fresh = [key not in self._chunks for key in to_store]
+            new_slots, slots = iter(slots), []
+            for key, mask, is_new in zip(to_store, to_write, fresh, strict=True):
+                if is_new:
+                    self._chunks[key] = _Chunk(next(new_slots), mask)
+                self._chunks[key].storing = mask
+                slots.append(self._chunks[key].slot)
         return PrepareStoreOutput(
-            keys_to_store=tuple(key for key, _, _ in to_store),
+            keys_to_store=tuple(to_store),
             store_spec=CPULoadStoreSpec(slots, fresh),
             evicted_keys=tuple(evicted),
-            blocks=tuple(mask for _, mask, _ in to_store),
+            blocks=tuple(to_write),
             pending_keys=tuple(pending),
         )
 
     def complete_store(self, keys: Sequence[Key], success: bool = True) -> None:
         _distinct(keys)
-        storing = [self._find_storing(key) for key in keys]  # raises before anything is changed
+        get, orphans = self._chunks.get, self._orphans
+        storing: list[_Chunk] = []
+        for key in keys:
+            chunk = get(key)
+            if orphans and key in orphans:
+                chunk = next((old for old in orphans[key] if old.storing), chunk)
+            if chunk is None or not chunk.storing:
+                raise ValueError(f"keys: expected keys that are being stored, got {key!r}")
+            storing.append(chunk)
         stored: list[Key] = []
         extended: list[Key] = []
+        self._num_busy -= sum([not chunk.loads for chunk in storing])
         for key, chunk in zip(keys, storing, strict=True):
             mask, chunk.storing = chunk.storing, 0
-            self._num_busy -= not chunk.loads
-            if self._chunks.get(key) is not chunk:
+            if orphans and get(key) is not chunk:
                 self._drop_idle_orphans(key)
-            elif chunk.written:
+            elif not chunk.written and success:
+                chunk.written = mask
+                stored.append(key)
+            elif not chunk.written:
+                self._slots.put((self._chunks.pop(key).slot,))
+            else:
                 chunk.written |= mask if success else 0
                 if not chunk.loads:
                     extended.append(key)
-            elif success:
-                chunk.written = mask
-                stored.append(key)
-            else:
-                del self._chunks[key]
-                self._slots.put((chunk.slot,))
         self._policy.release(extended)
         self._policy.admit(stored)
         self._record(stored, removed=False)
@@ -300,11 +309,12 @@ class CPUOffloadingManager(OffloadingManager):
         return CPULoadStoreSpec([chunk.slot for chunk in chunks])
 
     def complete_load(self, keys: Sequence[Key]) -> None:
+        get, orphans = self._chunks.get, self._orphans
         loading: list[_Chunk] = []
         for key in keys:
-            chunk = self._chunks.get(key)
-            if key in self._orphans:
-                chunk = next((old for old in self._orphans[key] if old.loads), chunk)
+            chunk = get(key)
+            if orphans and key in orphans:
+                chunk = next((old for old in orphans[key] if old.loads), chunk)
             if chunk is None or not chunk.loads:
                 for taken in loading:
                     taken.loads += 1
@@ -313,7 +323,7 @@ class CPUOffloadingManager(OffloadingManager):
             loading.append(chunk)
         released: dict[Key, None] = {}  # ordered, and once where a key was given twice
         for key, chunk in zip(keys, loading, strict=True):
-            if self._chunks.get(key) is not chunk:
+            if get(key) is not chunk:
                 self._num_busy -= self._drop_idle_orphans(key)
             elif not (chunk.loads or chunk.storing):
                 released[key] = None
@@ -345,14 +355,6 @@ class CPUOffloadingManager(OffloadingManager):
                 raise ValueError(f"blocks: expected masks of 1 to {self._every_block}, got {mask}")
         return blocks
 
-    def _find_storing(self, key: Key) -> _Chunk:
-        chunk = self._chunks.get(key)
-        if key in self._orphans:
-            chunk = next((old for old in self._orphans[key] if old.storing), chunk)
-        if chunk is None or not chunk.storing:
-            raise ValueError(f"keys: expected keys that are being stored, got {key!r}")
-        return chunk
-
     def _drop_idle_orphans(self, key: Key) -> int:
         """Frees the slots of those orphans of `key` whose transfers have all ended."""
         orphans = self._orphans.pop(key, [])
@@ -368,8 +370,7 @@ class CPUOffloadingManager(OffloadingManager):
     def _check(self) -> None:
         """Asserts every invariant, in O(num_chunks). For tests."""
         orphans = [chunk for chunks in self._orphans.values() for chunk in chunks]
-        chunks = [*self._chunks.values(), *orphans]
-        for chunk in chunks:
+        for chunk in (chunks := [*self._chunks.values(), *orphans]):
             assert not chunk.written & chunk.storing
             assert 0 < chunk.written | chunk.storing <= self._every_block
             assert chunk.loads == 0 or (chunk.loads > 0 and chunk.written)

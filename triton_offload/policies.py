@@ -154,7 +154,7 @@ class ARCPolicy:
             elif key in recent:
                 del recent[key]
                 frequent[key] = None
-            elif held.get(key) is False:
+            elif held and held.get(key) is False:
                 held[key] = True
                 self._num_held_recent -= 1
 
@@ -180,24 +180,26 @@ class ARCPolicy:
 
     def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
         recent, frequent = self._recent, self._frequent
+        ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
         num_recent = len(recent) + self._num_held_recent
+        target = self._target
         evicted: list[Key] = []
         spared_recent: list[Key] = []
         spared_frequent: list[Key] = []
         while len(evicted) < count:
-            if recent and (num_recent > self._target or not frequent):
+            if recent and (num_recent > target or not frequent):
                 key = recent.popitem(last=False)[0]
                 if key in protected:
                     spared_recent.append(key)
                     continue
                 num_recent -= 1
-                self._ghost_recent[key] = None
+                ghost_recent[key] = None
             else:
                 key = frequent.popitem(last=False)[0]
                 if key in protected:
                     spared_frequent.append(key)
                     continue
-                self._ghost_frequent[key] = None
+                ghost_frequent[key] = None
             evicted.append(key)
         _put_back(recent, spared_recent)
         _put_back(frequent, spared_frequent)
@@ -213,13 +215,13 @@ class ARCPolicy:
 
     def _trim_ghosts(self) -> None:
         """Keeps the paper's bounds: T1 + B1 within the capacity, all four within twice of it."""
+        ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
         num_recent = len(self._recent) + self._num_held_recent
-        while self._ghost_recent and num_recent + len(self._ghost_recent) > self._capacity:
-            self._ghost_recent.popitem(last=False)
-        num_known = len(self._recent) + len(self._frequent) + len(self._held)
-        room = 2 * self._capacity - num_known - len(self._ghost_recent)
-        while len(self._ghost_frequent) > room:
-            self._ghost_frequent.popitem(last=False)
+        for _ in range(num_recent + len(ghost_recent) - self._capacity):
+            ghost_recent.popitem(last=False)
+        num_known = len(self._recent) + len(self._frequent) + len(self._held) + len(ghost_recent)
+        for _ in range(num_known + len(ghost_frequent) - 2 * self._capacity):
+            ghost_frequent.popitem(last=False)
 
     def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
         ghosts = [*self._ghost_recent, *self._ghost_frequent]

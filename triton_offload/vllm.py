@@ -11,6 +11,7 @@ Every option of vLLM's `CPUOffloadingSpec` applies; `path` ("auto", "staged", "z
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 from collections import deque
 from collections.abc import Callable, Collection
@@ -240,9 +241,11 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
             manager.shutdown()
         if pool is not None:
             pool.close()
-        # vLLM unmaps its region: no tensor of ours may still export that memory.
         del manager, pool
         if release is not None:
+            # vLLM unmaps its region, which it can't while a tensor of ours, held by a cycle of
+            # the objects that were just shut down, exports that memory.
+            gc.collect()
             release()
 
     def _give_way(self, manager: OffloadingQueueManager) -> None:

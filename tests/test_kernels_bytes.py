@@ -1,0 +1,273 @@
+"""gather_pages and scatter_pages move the right bytes, and no other.
+
+Every case is checked against a few lines of Python over whole storages, so that a byte moved to
+the wrong place, or one too many, shows wherever it lies. The cases run twice: here on the torch
+reference, and on the Triton kernels in a process of its own, because Triton decides at import
+whether it interprets.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from triton_offload.kernels import pages, reference
+from triton_offload.kernels.table import PageTable
+from triton_offload.kernels.tiling import KernelConfig
+
+# Triton 3.6's interpreter turns arrays of one element into loop bounds in a way numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Small tiles and an odd number of programs: the cases take several tiles, strips and programs.
+SMALL = KernelConfig(warps=1, tile_bytes=1024, programs=3)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    page_bytes: int
+    gap: int = 0
+    """Bytes between a page and the next."""
+    start: int = 0
+    """Bytes before the first page, from a 64-byte boundary."""
+
+
+@dataclass(frozen=True)
+class Case:
+    tensors: tuple[Tensor, ...]
+    block_ids: tuple[int, ...]
+    blocks_per_chunk: int = 1
+    first_block: int = 0
+    slot_ids: tuple[int, ...] | None = None
+    num_blocks: int = 7
+    num_slots: int = 6
+    slot_gap: int = 0
+    slot_start: int = 0
+
+
+def noise(num_bytes: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 256, (num_bytes + 64,), dtype=torch.uint8, generator=generator)
+    assert data.data_ptr() % 64 == 0
+    return data
+
+
+def move(direction: str, *args: Any, config: KernelConfig | None = SMALL) -> None:
+    if INTERPRETED:
+        getattr(pages, f"{direction}_pages")(*args, config=config)
+    else:
+        getattr(reference, f"{direction}_pages")(*args)
+
+
+def check(case: Case, direction: str, config: KernelConfig | None = SMALL) -> None:
+    strides = [t.page_bytes + t.gap for t in case.tensors]
+    caches = [
+        noise(t.start + case.num_blocks * stride, seed)
+        for seed, (t, stride) in enumerate(zip(case.tensors, strides, strict=True))
+    ]
+    views = [
+        cache.as_strided((case.num_blocks, t.page_bytes), (stride, 1), t.start)
+        for cache, t, stride in zip(caches, case.tensors, strides, strict=True)
+    ]
+    slot_bytes = case.blocks_per_chunk * sum(t.page_bytes for t in case.tensors)
+    stride_slot = slot_bytes + case.slot_gap
+    pool = noise(case.slot_start + case.num_slots * stride_slot, 99)
+    slots = pool.as_strided((case.num_slots, slot_bytes), (stride_slot, 1), case.slot_start)
+
+    expected = [cache.numpy().copy() for cache in caches]
+    expected_pool = pool.numpy().copy()
+    position = case.first_block % case.blocks_per_chunk
+    for i, block in enumerate(case.block_ids):
+        chunk, place = divmod(position + i, case.blocks_per_chunk)
+        slot = chunk if case.slot_ids is None else case.slot_ids[chunk]
+        in_slot = case.slot_start + slot * stride_slot
+        for t, stride, cache in zip(case.tensors, strides, expected, strict=True):
+            in_cache = t.start + block * stride
+            page = slice(in_cache, in_cache + t.page_bytes)
+            begin = in_slot + place * t.page_bytes
+            piece = slice(begin, begin + t.page_bytes)
+            if direction == "gather":
+                expected_pool[piece] = cache[page]
+            else:
+                cache[page] = expected_pool[piece]
+            in_slot += case.blocks_per_chunk * t.page_bytes
+
+    table = PageTable(views, case.blocks_per_chunk)
+    ids = None if case.slot_ids is None else list(case.slot_ids)
+    move(direction, table, list(case.block_ids), slots, ids, case.first_block, config=config)
+    assert torch.equal(pool, torch.from_numpy(expected_pool))
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(cache, torch.from_numpy(wanted))
+
+
+CASES = {
+    "whole chunks": Case((Tensor(64), Tensor(32)), (3, 1, 0, 6), 2),
+    "partial first chunk": Case((Tensor(64), Tensor(32)), (3, 1, 0, 6, 2), 4, 3),
+    "partial last chunk": Case((Tensor(48),), (3, 1, 0, 6, 2), 3, 0),
+    "one block inside a chunk": Case((Tensor(64), Tensor(16)), (5,), 3, 1),
+    "a run that starts chunks later": Case((Tensor(64),), (5, 4, 0), 2, 5, (4, 1)),
+    "slots apart and out of order": Case((Tensor(64, 64),), (3, 1, 0, 6, 2), 2, 1, (5, 0, 2)),
+    "zero blocks": Case((Tensor(64),), (), 2, 1, ()),
+    "alignment 8": Case((Tensor(64, 8), Tensor(64, 0, 8)), (3, 1, 0), 1, 0, None),
+    "alignment 4": Case((Tensor(64, 4), Tensor(36)), (3, 1, 0), 2),
+    "alignment 2": Case((Tensor(64, 2), Tensor(64, 0, 2)), (3, 1, 0), 2),
+    "alignment 1": Case((Tensor(64, 1), Tensor(33)), (3, 1, 0), 2),
+    "a different alignment each": Case(
+        (Tensor(64), Tensor(24), Tensor(4), Tensor(6), Tensor(1), Tensor(32)), (3, 1, 0), 4, 1
+    ),
+    "slots off by one byte": Case((Tensor(64),), (3, 1, 0), slot_start=1),
+    "slots 4 bytes apart": Case((Tensor(64),), (3, 1, 0), slot_gap=4),
+    "pages of an odd size": Case((Tensor(577, 3),), (3, 1, 0, 2), 2, 1),
+    "pages of several strips": Case((Tensor(1152), Tensor(2048), Tensor(4112)), (3, 1, 0, 2), 3),
+    "pages of one byte": Case((Tensor(1, 1),), (3, 1, 0, 2), 3, 2),
+}
+
+
+class TestBytes:
+    @pytest.mark.parametrize("direction", ["gather", "scatter"])
+    @pytest.mark.parametrize("name", CASES)
+    def test_moves_these_bytes_and_no_other(self, name: str, direction: str) -> None:
+        check(CASES[name], direction)
+
+    @pytest.mark.parametrize("zero_copy", [False, True], ids=["staged", "zero_copy"])
+    @pytest.mark.parametrize("direction", ["gather", "scatter"])
+    def test_moves_the_same_bytes_in_full_size_tiles(self, direction: str, zero_copy: bool) -> None:
+        config = pages.choose_config(zero_copy=zero_copy)
+        check(CASES["pages of several strips"], direction, config)
+        check(CASES["a different alignment each"], direction, config)
+
+    @given(data=st.data())
+    @settings(
+        max_examples=60 if INTERPRETED else 500,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    def test_moves_generated_cases(self, data: st.DataObject) -> None:
+        sizes = st.one_of(st.integers(1, 80), st.sampled_from([16, 64, 128, 256, 512, 1152, 2048]))
+        shifts = st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16])
+        tensors = data.draw(
+            st.lists(st.builds(Tensor, sizes, shifts, shifts), min_size=1, max_size=4)
+        )
+        blocks_per_chunk = data.draw(st.integers(1, 4))
+        direction = data.draw(st.sampled_from(["gather", "scatter"]))
+        block_ids = data.draw(
+            st.lists(st.integers(0, 6), max_size=7, unique=direction == "scatter")
+        )
+        first = data.draw(st.integers(0, 9))
+        num_chunks = -(-(first % blocks_per_chunk + len(block_ids)) // blocks_per_chunk)
+        if not block_ids:
+            num_chunks = 0
+        slot_ids = data.draw(
+            st.one_of(
+                st.none(),
+                st.lists(
+                    st.integers(0, 8),
+                    min_size=num_chunks,
+                    max_size=num_chunks,
+                    unique=direction == "gather",
+                ).map(tuple),
+            )
+        )
+        check(
+            Case(
+                tuple(tensors),
+                tuple(block_ids),
+                blocks_per_chunk,
+                first,
+                slot_ids,
+                num_slots=9,
+                slot_gap=data.draw(shifts),
+                slot_start=data.draw(shifts),
+            ),
+            direction,
+        )
+
+    def test_moves_views_of_one_storage_and_mixed_dtypes(self) -> None:
+        kv = noise(2 * 6 * 3 * 8 * 2, 1)[:-64].view(torch.bfloat16).view(6, 2, 3, 8)
+        scales = torch.arange(6 * 5, dtype=torch.float32).view(6, 5)
+        codes = noise(6 * 24, 2)[: 6 * 24].view(torch.float8_e4m3fn).view(6, 3, 8)
+        cached = [kv[:, 0], kv[:, 1], scales, codes]
+        before = [t.clone() for t in cached]
+        table = PageTable(cached, blocks_per_chunk=2)
+        slots = torch.full((3, table.slot_bytes + 3), 0xA5, dtype=torch.uint8)
+        move("gather", table, [5, 1, 4], slots, [2, 0])
+        assert bool((slots[:, table.slot_bytes :] == 0xA5).all())
+        assert bool((slots[1] == 0xA5).all())
+        for tensor in (kv, scales, codes):
+            tensor.view(torch.uint8).fill_(0x5A)
+        move("scatter", table, [0, 2, 3], slots, [2, 0])
+        for tensor, old in zip(cached, before, strict=True):
+            now, was = tensor.contiguous().view(torch.uint8), old.contiguous().view(torch.uint8)
+            assert torch.equal(now[[0, 2, 3]], was[[5, 1, 4]])
+            assert bool((now[[1, 4, 5]] == 0x5A).all())
+
+    @pytest.mark.parametrize("direction", ["gather", "scatter"])
+    def test_reaches_pages_more_than_2_gib_apart(self, direction: str) -> None:
+        stride = 2**31 + 48
+        # Virtual memory: only the pages that are touched are ever backed.
+        cache = torch.empty(2 * stride + 256, dtype=torch.uint8)
+        pool = torch.empty(2 * stride + 256, dtype=torch.uint8)
+        table = PageTable([cache.as_strided((3, 64), (stride, 1), 32)])
+        slots = pool.as_strided((3, 64), (stride, 1), 32)
+        near = [(memory, i) for memory in (cache, pool) for i in range(3)]
+        for seed, (memory, i) in enumerate(near):
+            memory[i * stride : i * stride + 128] = noise(64, seed)
+        expected = [memory[i * stride : i * stride + 128].clone() for memory, i in near]
+        move(direction, table, [2, 0], slots, [1, 2])
+        for block, slot in ((2, 1), (0, 2)):
+            source, target = (block, 3 + slot) if direction == "gather" else (3 + slot, block)
+            expected[target][32:96] = expected[source][32:96]
+        for (memory, i), wanted in zip(near, expected, strict=True):
+            assert torch.equal(memory[i * stride : i * stride + 128], wanted)
+
+    def test_moves_the_group_of_a_hybrid_model_in_full_and_in_packed_slots(self) -> None:
+        caches = [noise(6 * size, size)[: 6 * size].view(6, size) for size in (64, 48, 32, 80)]
+        whole = PageTable(caches, blocks_per_chunk=2)
+        group = whole.group([(3, 72), (1, 48)])
+        slots = torch.full((2, whole.slot_bytes), 0xA5, dtype=torch.uint8)
+        move("gather", group, [4, 2, 5], slots, None, 1)
+        expected = torch.full_like(slots, 0xA5)
+        for place, block in enumerate((4, 2, 5), start=1):
+            slot, position = divmod(place, 2)
+            for t, num_bytes in ((3, 72), (1, 48)):
+                begin = whole.offsets[t] + position * caches[t].shape[1]
+                expected[slot, begin : begin + num_bytes] = caches[t][block, :num_bytes]
+        assert torch.equal(slots, expected)
+
+        packed = torch.full((2, group.packed().slot_bytes), 0xA5, dtype=torch.uint8)
+        move("gather", group.packed(), [4, 2, 5], packed, None, 1)
+        for run in group.runs:
+            assert torch.equal(
+                packed[:, run.packed_offset : run.packed_offset + run.num_bytes],
+                slots[:, run.slot_offset : run.slot_offset + run.num_bytes],
+            )
+
+
+class TestTheKernels:
+    __test__ = not INTERPRETED
+
+    def test_pass_the_same_cases_in_the_interpreter(self) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_refuse_host_tensors_and_name_the_reference(self) -> None:
+        table = PageTable([torch.zeros(2, 16, dtype=torch.uint8)])
+        slots = torch.zeros(1, 16, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"table: .*GPU.*kernels\.reference"):
+            pages.gather_pages(table, [0], slots)
