@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
-    {"kernels.table", "kernels.compiling", "kernels.tiling", "specs", "sizes", "chunks", "policies", "models"},
+    {
+        "kernels.table",
+        "kernels.compiling",
+        "kernels.tiling",
+        "specs",
+        "sizes",
+        "chunks",
+        "policies",
+        "models",
+    },
     {"kernels.pages", "kernels.reference", "manager", "calibration", "stats"},
     {"device.base", "device.host_pages"},
     {"device.host", "device.cuda"},
@@ -104,9 +113,7 @@ def test_a_part_loads_no_more_than_it_needs(module, forbidden):
         f"loaded = [name for name in {forbidden!r} if name in sys.modules]\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -409,7 +409,10 @@ class OffloaderMachine(RuleBasedStateMachine):
         self.under_way.clear()
 
     @rule(
-        start=st.integers(0, 12), count=st.integers(1, 7), first=st.integers(0, 2), wait=st.booleans()
+        start=st.integers(0, 12),
+        count=st.integers(1, 7),
+        first=st.integers(0, 2),
+        wait=st.booleans(),
     )
     def store(self, start, count, first, wait):
         chunks = -(-(first + count) // self.SIZE)

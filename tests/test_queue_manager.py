@@ -337,7 +337,10 @@ def test_shutdown_raises_where_the_device_does_not_finish(device):
     store(world, [1])
     with pytest.raises(TimeoutError):
         world.queue.shutdown(0.05)
+    with pytest.raises(RuntimeError, match="shut down"):
+        store(world, [1])
     device.gate.set()
+    world.close()
 
 
 def test_many_threads_submit_and_wait(world):

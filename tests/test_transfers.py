@@ -147,9 +147,7 @@ def test_dtypes_and_shapes_do_not_matter():
     )
     for tensor in tensors:
         tensor.view(torch.uint8).fill_(POISON & 1)
-    world.finish(
-        world.queue.transfer_async(CPULoadStoreSpec([2, 0]), GPULoadStoreSpec([9, 3]))
-    )
+    world.finish(world.queue.transfer_async(CPULoadStoreSpec([2, 0]), GPULoadStoreSpec([9, 3])))
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor[[9, 3]].view(torch.uint8), old[[4, 1]].view(torch.uint8))
     world.close()

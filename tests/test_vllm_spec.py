@@ -257,9 +257,12 @@ def test_a_job_without_blocks_is_reported_too(worker: Any) -> None:
     assert [results[job].transfer_size for job in (1, 2)] == [0, 0]
 
 
+@pytest.mark.parametrize("path", ["staged", "copy_engine"])
 def test_a_failed_job_raises_with_its_cause_and_hides_no_other(
-    worker: Any, monkeypatch: pytest.MonkeyPatch
+    caches: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    extra = {"cpu_bytes_to_use": _CHUNKS * 4096, "path": path}
+    worker = plugin.TritonOffloadingSpec(_make_config(extra_config=extra)).get_worker(caches)
     worker.submit_store(1, _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1]))
     worker.wait({1})
 
@@ -277,6 +280,7 @@ def test_a_failed_job_raises_with_its_cause_and_hides_no_other(
             worker.get_finished()
         assert isinstance(got.value.__cause__, OSError)
     assert _drain(worker, 1).keys() == {1}
+    worker.shutdown()
 
 
 def test_a_refused_submission_leaves_nothing_behind(worker: Any) -> None:

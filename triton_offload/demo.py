@@ -1,14 +1,15 @@
 """The demonstration: a real vLLM engine whose KV cache leaves device memory and comes back.
 
-Each prompt is answered twice, one request at a time: once with everything recomputed, once with
-everything loaded from the host pool into device pages that were poisoned before. vllm, which is
-no dependency of this package, is imported inside functions only, and so is transformers.
+Each prompt is answered twice, one request at a time: once recomputed, once loaded from the host
+pool into poisoned device pages. vllm and transformers, which are no dependencies of this package,
+are imported inside functions only.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Engine:
             enforce_eager=True,
             **llm_args,
         )
-        self._num_requests = 0
+        self._request_ids = itertools.count()
 
     @property
     def worker(self) -> TritonOffloadingWorker:
@@ -103,11 +104,9 @@ class Engine:
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, detokenize=False
         )
         start = time.perf_counter()
-        order: list[str] = []
-        for prompt in prompts:
-            order.append(f"request-{self._num_requests}")
-            self._num_requests += 1
-            engine.add_request(order[-1], {"prompt_token_ids": prompt}, params)
+        order = [f"request-{next(self._request_ids)}" for _ in prompts]
+        for request_id, prompt in zip(order, prompts, strict=True):
+            engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
         first: dict[str, float] = {}
         done: dict[str, Generation] = {}
         while engine.has_unfinished_requests():
@@ -116,10 +115,10 @@ class Engine:
                 if answer.token_ids:
                     first.setdefault(output.request_id, time.perf_counter() - start)
                 if output.finished:
-                    tokens = list(answer.token_ids)
                     margins = [_margin(choices) for choices in answer.logprobs]
-                    seconds = first[output.request_id]
-                    done[output.request_id] = Generation(tokens, margins, seconds)
+                    done[output.request_id] = Generation(
+                        list(answer.token_ids), margins, first[output.request_id]
+                    )
         return [done[name] for name in order]
 
     def settle(self) -> None:
@@ -130,11 +129,10 @@ class Engine:
         deadline = time.monotonic() + 60
         while True:
             self.generate([[1, 2, 3]], 2)  # no whole block, so nothing new to store
-            if not self._connector_worker()._unsubmitted_store_jobs:
-                if not self.worker.num_in_flight:
-                    return
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the engine's transfers did not end within 60 s")
+            if not (self._connector_worker()._unsubmitted_store_jobs or self.worker.num_in_flight):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError("the engine's transfers did not end within 60 s")
 
     def forget(self, *, host_pool_too: bool = False) -> None:
         """Drop vLLM's prefix cache; raises RuntimeError where vLLM keeps it."""
@@ -158,12 +156,11 @@ def _margin(choices: Any) -> float:
 
 
 def _poison_pages(worker: Any) -> int:
-    storages = {}
-    for cache in worker.model_runner.kv_caches:
-        storages[cache.untyped_storage().data_ptr()] = (cache.untyped_storage(), cache.device)
-    for storage, device in storages.values():
-        torch.empty(0, dtype=torch.uint8, device=device).set_(storage).fill_(_POISON_BYTE)
-    return sum(storage.nbytes() for storage, _ in storages.values())
+    caches = {c.untyped_storage().data_ptr(): c for c in worker.model_runner.kv_caches}
+    for cache in caches.values():
+        everything = torch.empty(0, dtype=torch.uint8, device=cache.device)
+        everything.set_(cache.untyped_storage()).fill_(_POISON_BYTE)
+    return sum(cache.untyped_storage().nbytes() for cache in caches.values())
 
 
 def tiny_llama(path: Path) -> Path:
@@ -178,10 +175,8 @@ def tiny_llama(path: Path) -> Path:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
             max_position_embeddings=4096,
             initializer_range=0.2,  # at 0.02 its logits are nearly tied
-            tie_word_embeddings=False,
         )
         transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
@@ -228,16 +223,16 @@ def shared_prefix_prompts(
     prompts = []
     for _ in range(num_documents):
         names = rng.sample(_NAMES, 5)
-        document, count = "", 0
-        while count < num_words:
-            sentence = rng.choice(_SENTENCES).format(
-                a=rng.choice(names), b=rng.choice(names), n=rng.randint(2, 9000)
-            )
-            document, count = document + sentence + " ", count + len(sentence.split())
+        document = ""
+        while len(document.split()) < num_words:
+            a, b = rng.sample(names, 2)
+            document += rng.choice(_SENTENCES).format(a=a, b=b, n=rng.randint(2, 9000)) + " "
         for question in rng.sample(_QUESTIONS, num_questions):
-            text = f"{document}\n\nQuestion: {question.format(a=rng.choice(names))}\nAnswer:"
-            # A model without a tokenizer takes a token of its own a letter.
-            prompts.append(tokenizer(text)["input_ids"] if tokenizer else [*text.encode()[:3500]])
+            text = f"Question: {question.format(a=rng.choice(names))}\nAnswer:"
+            if tokenizer is not None:
+                prompts.append(tokenizer(document + text)["input_ids"])
+            else:  # a letter is a token, and fewer of them fit
+                prompts.append([*(document[:3000] + text).encode()])
     return prompts
 
 
@@ -246,20 +241,19 @@ _SENTENCES = [
     "{a} counted {n} crates in the northern hall and wrote the number down twice.",
     "At noon {b} met {a} by the old crane and spoke of the tide for {n} minutes.",
     "The ledger of {a} lists {n} barrels of oil, of which {b} had sold the half.",
-    "Nobody believed {b} when the radio reported {n} ships beyond the bay.",
     "For {n} days {a} repaired the lighthouse while {b} kept the boats away.",
 ]
 _QUESTIONS = [
     "What did {a} do in the northern hall?",
     "Whom did {a} meet by the crane, and what was it about?",
     "How many barrels does the ledger of {a} list?",
-    "Why did nobody believe {a}?",
+    "How long did {a} repair the lighthouse?",
 ]
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration measured. Seconds to the first token are medians over prompts."""
+    """What was measured. Seconds to the first token are medians over the prompts."""
 
     model: str
     platform: str
@@ -270,11 +264,8 @@ class DemoResult:
     seconds_to_first_recomputed: float
     seconds_to_first_loaded: float
     equal_outputs: int
+    all_equal: bool
     differences: list[str]
-
-    @property
-    def all_equal(self) -> bool:
-        return self.equal_outputs == self.num_prompts
 
 
 def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
@@ -286,7 +277,6 @@ def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
             {"cpu_bytes_to_use": 2 << 30, "blocks_per_chunk": 2},
             max_model_len=4096,
             max_num_batched_tokens=4096,
-            disable_log_stats=True,
         )
     engine.generate([prompts[0][::-1]], _OUTPUT_TOKENS)  # warm up: another prompt, as long
     engine.settle()
@@ -306,7 +296,7 @@ def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
         engine.poison()
         before = engine.worker.loads.num_bytes
         loaded += engine.generate([prompt], _OUTPUT_TOKENS)
-        if engine.worker.loads.num_bytes == before:
+        if engine.worker.loads.num_bytes <= before:
             raise RuntimeError("a prompt that is in the host pool was not loaded from it")
         advance()
     engine.settle()
@@ -327,6 +317,7 @@ def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
         seconds_to_first_recomputed=statistics.median(g.seconds_to_first for g in recomputed),
         seconds_to_first_loaded=statistics.median(g.seconds_to_first for g in loaded),
         equal_outputs=len(prompts) - len(differences),
+        all_equal=not differences,
         differences=differences,
     )
 
@@ -344,22 +335,23 @@ def run_demo(json_output: bool = False) -> int:
 
     Returns the exit status: 0 where all outputs are equal, 1 where one differs, 2 without vLLM.
     """
-    console = Console(stderr=json_output)
+    # A descriptor of its own: the progress bar stays where everything else is kept quiet.
+    console = Console(file=os.fdopen(os.dup(2 if json_output else 1), "w"))
     if importlib.util.find_spec("vllm") is None:
         console.print("the demo serves a model with vLLM, which is not installed (see `make demo`)")
         return 2
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         requests = 3 * _DOCUMENTS * _QUESTIONS_EACH  # recomputed, stored, loaded
         task = progress.add_task("preparing the model and the engine", total=requests)
-        name, model = small_model()
+        with _quiet(_CACHE / "demo-model.log"):
+            name, model = small_model()
 
         def advance() -> None:
             progress.update(task, advance=1, description=f"serving {name}")
 
         result = measure(name, model, advance)
     if json_output:
-        print(json.dumps({**asdict(result), "all_equal": result.all_equal}))
+        print(json.dumps(asdict(result)))
     else:
         _print_table(console, result)
     return 0 if result.all_equal else 1
@@ -378,10 +370,10 @@ def _print_table(console: Console, result: DemoResult) -> None:
     times = Table("", "recomputed", "loaded", "speed-up", title="time to first token, medians")
     times.add_row("seconds", f"{a:.3f}", f"{b:.3f}", f"{a / b:.1f} x")
     console.print(times)
-    for line in result.differences:
-        console.print(line)
-    verdict = "all outputs are equal" if result.all_equal else "OUTPUTS DIFFER"
-    console.print(f"{verdict}: {result.equal_outputs} of {result.num_prompts}")
+    verdict = "all outputs are equal" if result.all_equal else "outputs differ, equal are only"
+    console.print(
+        *result.differences, f"{verdict}: {result.equal_outputs} of {result.num_prompts}", sep="\n"
+    )
 
 
 @contextmanager
@@ -389,7 +381,6 @@ def _quiet(log: Path) -> Iterator[None]:
     """Send what the process prints to `log`: engines and their libraries print from C++ too."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     saved = [(fd, os.dup(fd)) for fd in (1, 2)]
     try:
         with log.open("w") as file:
@@ -398,7 +389,6 @@ def _quiet(log: Path) -> Iterator[None]:
             yield
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         for fd, original in saved:
             os.dup2(original, fd)
             os.close(original)

@@ -27,8 +27,9 @@ class GroupLayout:
     runs: tuple[ByteRun, ...]
 
     @property
-    def fills_slot(self) -> bool:
-        return len(self.runs) == 1 and self.runs[0].num_bytes == self.table.slot_bytes
+    def has_gaps(self) -> bool:
+        """Whether pages are padded: a run of theirs has bytes that no page of the group owns."""
+        return any(page.pitch != page.page_bytes for page in self.table.pages)
 
 
 class CacheLayout:

@@ -24,7 +24,8 @@ _ZEROS_BYTES = 1 << 20
 class SlotMarks:
     """What a store must know of its slots; chunks are counted within the segment.
 
-    `kept`: partial chunks whose slot keeps its other bytes. `unfilled`: partial chunks of fresh
+    `kept`: chunks whose slot keeps bytes that a copy of the whole chunk would overwrite, since the
+    chunk is partial or its pages are padded. `unfilled`: partial chunks of fresh
     slots. `stale`: chunks whose fresh slot holds bytes that the store would not overwrite.
     """
 
@@ -152,7 +153,7 @@ class PathQueue:
         buffer = self._take_buffer(self.kernels)
         staging = buffer.slots(packed)
         if buffer.holds is not packed:
-            if any(page.pitch != page.page_bytes for page in packed.pages):
+            if run.group.has_gaps:
                 device.fill_zero(buffer.memory, self.kernels)
             buffer.holds = packed
         for chunk in segment.marks.unfilled:

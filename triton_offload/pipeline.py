@@ -64,7 +64,8 @@ class Pipeline:
         self.pool = pool
         self._device: Device = pool.device
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed = False  # no new jobs
+        self._stopped = False  # no threads either
         self._max_indices = options.max_indices
         table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
         if options.path is not None:
@@ -217,11 +218,11 @@ class Pipeline:
         """Refuse new jobs, take back what has not started, drain the rest, stop every thread.
 
         Idempotent. Raises TimeoutError where the device does not finish; what it still holds then
-        stays allocated.
+        stays allocated, and a later call tries again.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            if self._closed:
+            if self._stopped:
                 return
             self._closed = True
             self._backlogged.notify()
@@ -233,6 +234,7 @@ class Pipeline:
             self.wait(job, None if deadline is None else max(0.0, deadline - time.monotonic()))
         for lane in self._lanes.values():
             lane.paths.close()
+        self._stopped = True
 
     # -- under the lock --
 
@@ -270,7 +272,9 @@ class Pipeline:
         alone = fresh | (holder == _ZEROS) | (holder == group)
         self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
         return SlotMarks(
-            kept=tuple(chunk for chunk in partial if not fresh[chunk]),
+            kept=tuple(np.flatnonzero(~fresh).tolist())
+            if run.group.has_gaps
+            else tuple(chunk for chunk in partial if not fresh[chunk]),
             unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
             stale=tuple(stale.tolist()),
         )

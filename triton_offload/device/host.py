@@ -6,6 +6,8 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from queue import SimpleQueue
 
 import torch
@@ -16,9 +18,13 @@ from triton_offload.specs import Ids
 
 
 class _HostStream:
+    """A thread, and others that share the moves of one gather or scatter with it."""
+
     def __init__(self, name: str) -> None:
-        self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.failure: BaseException | None = None  # since the last record; the thread's own
+        self._width = torch.get_num_threads()
+        self._helpers = ThreadPoolExecutor(max(1, self._width - 1), f"{name}-helper")
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
@@ -28,6 +34,23 @@ class _HostStream:
                 work()
             except BaseException as error:  # the next record hands it to whoever asks
                 self.failure = self.failure or error
+        self._helpers.shutdown()
+
+    def share(self, moves: list[host_pages.Move]) -> None:
+        """Run the moves on as many threads as torch uses; called on the stream's thread."""
+        width = min(self._width, len(moves))
+        helping = [self._helpers.submit(_run_all, moves[i::width]) for i in range(1, width)]
+        try:
+            _run_all(moves[::width] if width else [])
+        finally:
+            wait_for_futures(helping)
+        for future in helping:
+            future.result()
+
+
+def _run_all(moves: list[host_pages.Move]) -> None:
+    for move in moves:
+        move()
 
 
 class _HostEvent:
@@ -130,10 +153,10 @@ class HostDevice:
     # -- work --
 
     def fill_zero(self, buffer: torch.Tensor, stream: _HostStream) -> None:
-        stream.queue.put(lambda: _ignore(buffer.zero_()))
+        stream.queue.put(lambda: buffer.zero_())
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: _HostStream) -> None:
-        stream.queue.put(lambda: _ignore(dst.copy_(src)))
+        stream.queue.put(lambda: dst.copy_(src))
 
     def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: _HostStream) -> None:
         def run() -> None:
@@ -156,7 +179,9 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(lambda: host_pages.gather(table, block_ids, slots, slot_ids, first_block))
+        stream.queue.put(
+            lambda: stream.share(host_pages.gather(table, block_ids, slots, slot_ids, first_block))
+        )
 
     def scatter(
         self,
@@ -169,8 +194,6 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(lambda: host_pages.scatter(table, block_ids, slots, slot_ids, first_block))
-
-
-def _ignore(_: object) -> None:
-    """A queued call's value, dropped: streams run functions that return nothing."""
+        stream.queue.put(
+            lambda: stream.share(host_pages.scatter(table, block_ids, slots, slot_ids, first_block))
+        )

@@ -9,14 +9,17 @@ slice of rows that stays in the cache goes through a temporary.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from triton_offload.kernels.table import PageTable
 
-# Rows at a time through a temporary. Of 0.25, 1 and 4 MiB, 1 MiB was the fastest for pages of 4
-# and 64 KiB on two cores of an EPYC with 32 MiB of L3; less pays torch's 10 us a call too often.
-_SLICE_BYTES = 1 << 20
+# Rows of one call. It is below the 32,768 words of 16 bytes from which torch splits a call over
+# threads of its own, which made these calls slower; callers share the calls out instead. Smaller
+# ones pay torch's 8 us a call more often.
+_SLICE_BYTES = 480 << 10
 
 # From here on a memmove a page beats two passes: its call costs 0.5 us, a page of 64 KiB 5 us.
 _BIG_PAGE_BYTES = 32 << 10
@@ -29,16 +32,22 @@ _WORDS = (
 )
 
 
+Move = Callable[[], object]
+
+
 def gather(
     table: PageTable,
     block_ids: torch.Tensor,
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> None:
-    """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, tuned."""
+) -> list[Move]:
+    """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, as calls that may run
+    in any order and at the same time."""
+    moves: list[Move] = []
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
-        _move(pages, blocks, places, chunks)
+        moves += _moves(pages, blocks, places, chunks)
+    return moves
 
 
 def scatter(
@@ -47,10 +56,12 @@ def scatter(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> None:
-    """Slots to pages: `kernels.reference.scatter_pages` on checked int64 ids, tuned."""
+) -> list[Move]:
+    """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
+    moves: list[Move] = []
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
-        _move(places, chunks, pages, blocks)
+        moves += _moves(places, chunks, pages, blocks)
+    return moves
 
 
 _Rows = torch.Tensor | slice
@@ -116,34 +127,44 @@ def _view(rows: torch.Tensor, dtype: torch.dtype, size: int) -> torch.Tensor:
     return rows.view(dtype)
 
 
-def _move(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
+def _moves(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> list[Move]:
+    """Copies of rows to rows, each of at most _SLICE_BYTES."""
+    row_bytes = src.shape[1] * src.element_size()
+    step = max(1, _SLICE_BYTES // row_bytes)
     if isinstance(src_rows, slice):
         source = src[src_rows]
         if isinstance(dst_rows, slice):
-            dst[dst_rows].copy_(source)
-        else:
-            _scatter_rows(dst, dst_rows, source)
-    elif isinstance(dst_rows, slice):
-        torch.index_select(src, 0, src_rows, out=dst[dst_rows])
-    elif src.shape[1] * src.element_size() >= _BIG_PAGE_BYTES:
-        size = src.shape[1] * src.element_size()
-        to = dst.data_ptr() + dst_rows * (dst.stride(0) * dst.element_size())
-        source = src.data_ptr() + src_rows * (src.stride(0) * src.element_size())
-        for a, b in zip(to.tolist(), source.tolist(), strict=True):
-            ctypes.memmove(a, b, size)
-    else:
-        step = _rows_a_slice(src)
-        for start in range(0, len(src_rows), step):
-            rows = src.index_select(0, src_rows[start : start + step])
-            dst.index_copy_(0, dst_rows[start : start + step], rows)
+            return [partial(dst[dst_rows].copy_, source)]
+        return [
+            partial(dst.index_copy_, 0, ids, rows)
+            for ids, rows in zip(
+                torch.split(dst_rows, step), torch.split(source, step), strict=True
+            )
+        ]
+    pieces = torch.split(src_rows, step)
+    if isinstance(dst_rows, slice):
+        return [
+            partial(torch.index_select, src, 0, ids, out=rows)
+            for ids, rows in zip(pieces, torch.split(dst[dst_rows], step), strict=True)
+        ]
+    move = _move_big_rows if row_bytes >= _BIG_PAGE_BYTES else _move_rows
+    return [
+        partial(move, src, ids, dst, to)
+        for ids, to in zip(pieces, torch.split(dst_rows, step), strict=True)
+    ]
 
 
-def _scatter_rows(dst: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
-    # Slices keep both sides of torch's strided loop in the cache.
-    step = _rows_a_slice(dst)
-    for start in range(0, len(rows), step):
-        dst.index_copy_(0, rows[start : start + step], source[start : start + step])
+def _move_rows(
+    src: torch.Tensor, src_rows: torch.Tensor, dst: torch.Tensor, dst_rows: torch.Tensor
+) -> None:
+    dst.index_copy_(0, dst_rows, src.index_select(0, src_rows))
 
 
-def _rows_a_slice(rows: torch.Tensor) -> int:
-    return max(1, _SLICE_BYTES // (rows.shape[1] * rows.element_size()))
+def _move_big_rows(
+    src: torch.Tensor, src_rows: torch.Tensor, dst: torch.Tensor, dst_rows: torch.Tensor
+) -> None:
+    item = src.element_size()
+    sources = (src.data_ptr() + src_rows * (src.stride(0) * item)).tolist()
+    targets = (dst.data_ptr() + dst_rows * (dst.stride(0) * item)).tolist()
+    for target, source in zip(targets, sources, strict=True):
+        ctypes.memmove(target, source, src.shape[1] * item)
