@@ -61,11 +61,7 @@ def _make_config(**changes: Any) -> Any:
         "cache": config.OffloadingCacheConfig(tokens_per_hash=32, blocks_per_chunk=_B),
         "parallel": config.OffloadingParallelConfig(
             rank=0,
-            world_size=1,
-            tp_size=1,
-            pp_size=1,
-            pcp_size=1,
-            dcp_size=1,
+            **dict.fromkeys(("world_size", "tp_size", "pp_size", "pcp_size", "dcp_size"), 1),
             data_parallel_index=0,
             data_parallel_size=1,
             data_parallel_rank_local=None,
@@ -167,9 +163,8 @@ def _check_round_trip(worker: Any, caches: Any, pool: torch.Tensor, expedited: b
         for tensor, size in group:
             for source, block in zip(sources, blocks, strict=True):
                 wanted[tensor][block, :size] = originals[tensor][source, :size]
-    assert worker.submit_load(
-        42, CPULoadStoreSpec(_SLOTS), _blocks(targets, _FIRST), expedited=expedited
-    )
+    blocks = _blocks(targets, _FIRST)
+    assert worker.submit_load(42, CPULoadStoreSpec(_SLOTS), blocks, expedited=expedited)
     worker.wait({42})
     for cache, tensor in zip(caches.tensors, wanted, strict=True):
         assert torch.equal(cache.tensor, tensor)
@@ -217,11 +212,9 @@ def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
         return regions[-1]
 
     monkeypatch.setattr(plugin.TritonOffloadingSpec, "_create_region", note_region)
-    first = _make_config()
-    parallel = dataclasses.replace(first.parallel, rank=1, world_size=2, tp_size=2)
-    spec = plugin.TritonOffloadingSpec(
-        dataclasses.replace(first, parallel=parallel, replicated_layout=True)
-    )
+    parallel = dataclasses.replace(_make_config().parallel, rank=1, world_size=2, tp_size=2)
+    changed = _make_config(parallel=parallel, replicated_layout=True)
+    spec = plugin.TritonOffloadingSpec(changed)
     assert not spec.replicated_layout
     worker = spec.get_worker(caches)
     (region,) = regions
@@ -247,6 +240,25 @@ def test_every_job_is_reported_once_and_wait_ignores_what_it_does_not_know(worke
     assert sorted(results) == [*range(60), *range(1000, 1060)]
     worker.wait({3, 1059})
     assert all(result.success for result in results.values())
+
+
+def test_only_a_load_that_the_step_waits_for_is_expedited(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    transfer_async = worker._manager.transfer_async
+
+    def note(src: Any, dst: Any, *, expedited: bool) -> Any:
+        asked.append(expedited)
+        return transfer_async(src, dst, expedited=expedited)
+
+    monkeypatch.setattr(worker._manager, "transfer_async", note)
+    blocks, slots = _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1])
+    worker.submit_store(1, blocks, slots)
+    worker.submit_load(2, slots, blocks)
+    worker.submit_load(3, slots, blocks, expedited=True)
+    _drain(worker, 3)
+    assert asked == [False, False, True]
 
 
 def test_a_job_without_blocks_is_reported_too(worker: Any) -> None:
@@ -304,8 +316,10 @@ def test_after_shutdown_nothing_is_reported_and_submitting_raises(worker: Any) -
 
 
 def test_layers_that_share_a_cache_are_moved_once(caches: Any) -> None:
-    caches.group_data_refs[0] += [base.CanonicalKVCacheRef(1, 256)]
-    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+    spec = plugin.TritonOffloadingSpec(_make_config())
+    caches.group_data_refs[0] += [base.CanonicalKVCacheRef(1, size) for size in (256, 100)]
+    worker = spec.get_worker(caches)
+    assert spec.get_worker(caches) is worker
     worker.submit_store(1, _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1]))
     assert _drain(worker, 1)[1].transfer_size == 192 + 256
     worker.shutdown()
@@ -326,24 +340,16 @@ def test_vllm_decides_and_its_metrics_are_declared() -> None:
     assert type(spec).build_metric_definitions(extra) == inherited
 
 
-def test_one_worker_a_spec(caches: Any) -> None:
-    spec = plugin.TritonOffloadingSpec(_make_config())
-    worker = spec.get_worker(caches)
-    assert spec.get_worker(caches) is worker
-    worker.shutdown()
-
-
 _SUPPORT = "supports vLLM 0.32 and 0.33 on CUDA and on vLLM's CPU platform"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
-        ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
-    ],
-    ids=["canonical layout", "pool below one chunk"],
-)
+_REFUSED = [
+    ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
+    ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), _REFUSED, ids=["canonical layout", "small pool"])
 def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plugin.TritonOffloadingSpec(_make_config(**changes))
@@ -375,12 +381,11 @@ def test_caches_that_do_not_fit_their_slot_and_unknown_paths_are_refused(caches:
 def test_all_of_this_holds_on_the_other_supported_vllm() -> None:
     if not _OTHER_VLLM.exists():
         pytest.skip(f"no Python files of vLLM 0.33 in {_OTHER_VLLM} (`make test` puts them there)")
-    environment = {**os.environ, "PYTHONPATH": str(_OTHER_VLLM), "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", "not other_supported"],
         cwd=Path(__file__).parent.parent,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(_OTHER_VLLM), "VLLM_LOGGING_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -123,10 +123,12 @@ class PathQueue:
             }
 
     def max_chunks(self, path: Path, run: GroupRun) -> int:
-        """Chunks in a segment: what a staging buffer holds; on mapped memory an eighth of the run,
-        for there nothing is gained by small ones."""
-        fit = self._ring.buffer_bytes // run.group.packed.slot_bytes
-        return max(fit, -(-len(run.slot_ids) // 8)) if path is Path.ZERO_COPY else fit
+        """Chunks in a segment: what a staging buffer holds; on mapped memory the whole run, which
+        gains nothing from being cut (on the host device, eighths of 256 MiB took 1.2 times as
+        long)."""
+        if path is Path.ZERO_COPY:
+            return len(run.slot_ids)
+        return self._ring.buffer_bytes // run.group.packed.slot_bytes
 
     def queue(self, path: Path, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         """`pages` and `slots`: what must be done before the segment touches either."""

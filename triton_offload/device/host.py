@@ -6,8 +6,6 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
 from queue import SimpleQueue
 
 import torch
@@ -18,13 +16,9 @@ from triton_offload.specs import Ids
 
 
 class _HostStream:
-    """A thread, and others that share the moves of one gather or scatter with it."""
-
     def __init__(self, name: str) -> None:
         self.queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.failure: BaseException | None = None  # since the last record; the thread's own
-        self._width = torch.get_num_threads()
-        self._helpers = ThreadPoolExecutor(max(1, self._width - 1), f"{name}-helper")
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
@@ -34,23 +28,6 @@ class _HostStream:
                 work()
             except BaseException as error:  # the next record hands it to whoever asks
                 self.failure = self.failure or error
-        self._helpers.shutdown()
-
-    def share(self, moves: list[host_pages.Move]) -> None:
-        """Run the moves on as many threads as torch uses; called on the stream's thread."""
-        width = min(self._width, len(moves))
-        helping = [self._helpers.submit(_run_all, moves[i::width]) for i in range(1, width)]
-        try:
-            _run_all(moves[::width] if width else [])
-        finally:
-            wait_for_futures(helping)
-        for future in helping:
-            future.result()
-
-
-def _run_all(moves: list[host_pages.Move]) -> None:
-    for move in moves:
-        move()
 
 
 class _HostEvent:
@@ -179,9 +156,7 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(
-            lambda: stream.share(host_pages.gather(table, block_ids, slots, slot_ids, first_block))
-        )
+        stream.queue.put(lambda: host_pages.gather(table, block_ids, slots, slot_ids, first_block))
 
     def scatter(
         self,
@@ -194,6 +169,4 @@ class HostDevice:
         *,
         zero_copy: bool,
     ) -> None:
-        stream.queue.put(
-            lambda: stream.share(host_pages.scatter(table, block_ids, slots, slot_ids, first_block))
-        )
+        stream.queue.put(lambda: host_pages.scatter(table, block_ids, slots, slot_ids, first_block))
