@@ -204,7 +204,14 @@ def test_a_path_that_cannot_be_queued_falls_back_and_is_not_chosen_again(world, 
     assert "copy_batch could not be queued" in str(result.error)
 
 
-def test_later_jobs_work_after_every_path_failed_once(world, device):
+@pytest.mark.parametrize("path", Path)
+def test_later_jobs_work_after_every_path_failed_once(device, path):
+    world = World.build(
+        [random_pages(32, 64, 64, 0, 1)],
+        num_slots=32,
+        device=device,
+        options=PipelineOptions(path=path, buffer_bytes=256),
+    )
     device.fail_submission = {"gather", "copy_batch"}
     (result,) = world.finish(store(world, [1, 2, 3]))
     assert result.status is TransferStatus.FAILED
@@ -212,6 +219,7 @@ def test_later_jobs_work_after_every_path_failed_once(world, device):
     (result,) = world.finish(store(world, [1, 2, 3]))
     assert result.success
     assert torch.equal(world.pool.slots[1:4], world.tensors[0][1:4])
+    world.close()
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_a_job_without_blocks_is_reported_too(worker: Any) -> None:
     assert [results[job].transfer_size for job in (1, 2)] == [0, 0]
 
 
-@pytest.mark.parametrize("path", ["staged", "copy_engine"])
+@pytest.mark.parametrize("path", ["auto", "staged", "copy_engine"])
 def test_a_failed_job_raises_with_its_cause_and_hides_no_other(
     caches: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

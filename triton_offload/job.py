@@ -52,16 +52,13 @@ class OffloadJob:
         may still be on their way to the pool), read what was loaded."""
         queue = self._offloader._queue
         return self._result is not None or all(
-            queue.source_released(job_id) for job_id in tuple(self._transfers)
+            queue.source_released(job_id) for job_id in self._under_way()
         )
 
     def wait(self, timeout: float | None = None) -> TransferResult:
         """Block until the bytes have landed. Raises TimeoutError, and TransferFailedError where
         they did not land or the job was cancelled. `get_finished` still reports the job."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for other in self._others:
-            other._block(deadline)
-        self._block(deadline)
+        self.block(timeout)
         result = self.result
         assert result is not None
         if not result.success:
@@ -70,11 +67,19 @@ class OffloadJob:
 
     def wait_on(self, stream: Any) -> None:
         """Let a stream wait for the release of the job's pages, without the host."""
-        for job_id in tuple(self._transfers):
+        for job_id in self._under_way():
             self._offloader._queue.wait_on(job_id, stream)
 
-    def _block(self, deadline: float | None) -> None:
+    def block(self, timeout: float | None = None) -> None:
+        """Block until the job has ended, well or not. Raises TimeoutError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for other in self._others:
+            other.block(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if self._result is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._offloader._queue.wait(tuple(self._transfers), left)
+            self._offloader._queue.wait(self._under_way(), left)
             self._offloader._collect()
+
+    def _under_way(self) -> tuple[int, ...]:
+        with self._offloader._lock:  # another thread may just take one in
+            return tuple(self._transfers)

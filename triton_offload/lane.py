@@ -244,7 +244,7 @@ class Lane:
             segment = Segment(run, ids[0], ids[1], piece.marks)
             queued = self.paths.queue(path, segment, job.pages, job.slots)
         except Exception as error:
-            self._abandon(job, path, error)
+            self._abandon(job, piece, path, error)
             return True
         job.held = None
         job.last = queued
@@ -253,14 +253,14 @@ class Lane:
         )
         return True
 
-    def _abandon(self, job: Job, path: Path, error: Exception) -> None:
+    def _abandon(self, job: Job, piece: _Piece, path: Path, error: Exception) -> None:
         """A segment was not queued, or only in part: settle, and let it try another path once."""
         try:
             ends = self.paths.settle()
         except Exception as settle_error:
             self._lose(settle_error)
         self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
-        if _FALLBACK[path] in self._broken:
+        if path is not piece.path or _FALLBACK[path] in self._broken:
             job.error = error
         else:
             self._broken.add(path)

@@ -142,6 +142,7 @@ class KVOffloader:
             job._others = [
                 self._storing[key] for key in output.pending_keys if key in self._storing
             ]
+            self._manager.touch(stored)
             self._evictions += len(output.evicted_keys)
             place = {key: i for i, key in enumerate(stored)}
             chunks = [place[key] for key in output.keys_to_store]
@@ -190,6 +191,7 @@ class KVOffloader:
             span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
             stored = self._offload_keys(keys, group)
             spec = self._manager.prepare_load(stored, span.masks())
+            self._manager.touch(stored)
             job = OffloadJob(self, next(self._ids), Direction.LOAD, list(stored))
             try:
                 if len(ids):
@@ -231,7 +233,7 @@ class KVOffloader:
             return hits
 
     def touch(self, keys: Sequence[bytes], *, group: int = 0) -> None:
-        """Mark chunks as used now, so that they are evicted late."""
+        """Mark chunks as used now, so that they are evicted late. Loads and stores do so too."""
         with self._lock:
             self._check_open()
             self._manager.touch(self._offload_keys(keys, group))

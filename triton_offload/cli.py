@@ -1,0 +1,165 @@
+"""The command line: `triton-offload demo`, `triton-offload replay TRACE.jsonl`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import triton_offload
+from triton_offload.models import MODELS
+from triton_offload.replay import ReplayOptions, ReplayReport, read_trace
+from triton_offload.replay import replay as run_replay
+from triton_offload.sizes import format_bytes
+
+app = typer.Typer(
+    help="Moves the KV cache of LLM engines between device pages and host memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_DEFAULTS = ReplayOptions()
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Entry point of the `triton-offload` script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(triton_offload.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(json_output: _JSON = False) -> None:
+    """Answer prompts with a real vLLM engine, recomputed and loaded from the host pool.
+
+    Exits with 1 where an output differs.
+    """
+    from triton_offload.demo import run_demo
+
+    raise typer.Exit(run_demo(json_output))
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Requests in Mooncake's format, one JSON a line.")],
+    model: Annotated[
+        str, typer.Option(help=f"Page geometry: {', '.join(MODELS)}.")
+    ] = _DEFAULTS.model,
+    chunks: Annotated[
+        int, typer.Option(help="Size of the host pool, in chunks.")
+    ] = _DEFAULTS.num_chunks,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Tokens of a chunk, as the trace counts them.")
+    ] = _DEFAULTS.chunk_tokens,
+    block_tokens: Annotated[
+        int, typer.Option(help="Tokens of a block of the device cache.")
+    ] = _DEFAULTS.block_tokens,
+    scale: Annotated[
+        int, typer.Option(help="Make pages this many times smaller than the model's.")
+    ] = _DEFAULTS.scale,
+    policy: Annotated[str, typer.Option(help="Eviction: lru or arc.")] = _DEFAULTS.policy,
+    path: Annotated[
+        str, typer.Option(help="auto, staged, zero_copy or copy_engine.")
+    ] = _DEFAULTS.path,
+    in_flight: Annotated[
+        int, typer.Option(help="Requests whose transfers may overlap.")
+    ] = _DEFAULTS.in_flight,
+    limit: Annotated[int | None, typer.Option(help="Replay the first requests only.")] = None,
+    json_output: _JSON = False,
+) -> None:
+    """Drive an offloader with the requests of a trace and verify every loaded byte.
+
+    Runs on CPU memory. Exits with 1 where a byte is wrong or a transfer failed, with 2 on bad
+    input.
+    """
+    try:
+        options = ReplayOptions(
+            model, chunks, chunk_tokens, block_tokens, scale, policy, path, in_flight, limit
+        )
+        requests = read_trace(trace, limit)
+        report = _with_progress(requests, options)
+    except (ValueError, OSError) as error:
+        typer.echo(f"triton-offload replay: {error}", err=True)
+        raise typer.Exit(2) from error
+    if json_output:
+        facts = {**dataclasses.asdict(options), **dataclasses.asdict(report)}
+        typer.echo(json.dumps({**facts, "hit_rate": report.hit_rate, "ok": report.ok}))
+    else:
+        Console().print(_table(options, report))
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _with_progress(requests: list[list[int]], options: ReplayOptions) -> ReplayReport:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("replay", total=len(requests))
+
+        def advance(done: int, hit_rate: float) -> None:
+            progress.update(task, completed=done, description=f"replay, hit rate {hit_rate:.3f}")
+
+        return run_replay(requests, options, advance)
+
+
+def _table(options: ReplayOptions, report: ReplayReport) -> Table:
+    table = Table(
+        title=f"{report.requests} requests, {options.model} at 1/{options.scale} "
+        f"({report.page_bytes} B pages), {options.num_chunks} chunks, {options.policy}",
+        show_header=False,
+    )
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    rate = _gb_per_s
+    for name, value in [
+        ("prefix hit rate", f"{report.hit_rate:.4f}"),
+        ("chunks referenced / hit", f"{report.references} / {report.hits}"),
+        ("chunks evicted", f"{report.evictions}"),
+        ("stored", format_bytes(report.stored_bytes)),
+        ("loaded", format_bytes(report.loaded_bytes)),
+        ("store GB/s", rate(report.stored_bytes, report.store_seconds)),
+        ("load GB/s", rate(report.loaded_bytes, report.load_seconds)),
+        ("waits for transfers", f"{report.waits}, {report.waited_seconds:.1f} s"),
+        ("whole replay", f"{report.seconds:.1f} s"),
+        ("chunks verified / wrong", f"{report.verified_chunks} / {report.wrong_chunks}"),
+        ("transfers failed", f"{report.failed_jobs}"),
+    ]:
+        table.add_row(name, value, style="red" if _is_bad(name, report) else None)
+    return table
+
+
+def _is_bad(name: str, report: ReplayReport) -> bool:
+    return ("wrong" in name and report.wrong_chunks > 0) or (
+        "failed" in name and report.failed_jobs > 0
+    )
+
+
+def _gb_per_s(num_bytes: int, seconds: float) -> str:
+    return f"{num_bytes / seconds / 1e9:.2f}" if seconds else "-"
+
+
+if __name__ == "__main__":
+    main()
