@@ -260,7 +260,7 @@ def test_specs_refuse_what_is_not_a_list_of_ids():
         GPULoadStoreSpec(np.array([[1, 2]]))
     with pytest.raises(ValueError, match=r"slot_ids: .*float64"):
         CPULoadStoreSpec([1.5])
-    with pytest.raises(ValueError, match="group_sizes: .*the sum 2, got"):
+    with pytest.raises(ValueError, match=r"group_sizes: .*the sum 2, got"):
         GPULoadStoreSpec([1, 2], [1])
     with pytest.raises(ValueError, match="fresh: expected 2 flags"):
         CPULoadStoreSpec([1, 2], [True])

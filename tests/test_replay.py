@@ -100,10 +100,9 @@ def test_geometries_are_those_of_the_models():
 
 
 @pytest.mark.skipif(not TRACE.is_file(), reason="the trace is not at hand")
-@pytest.mark.parametrize(("policy", "rate"), [("lru", 0.205), ("arc", 0.218)])
-def test_the_real_trace_at_10_000_chunks(policy, rate):
-    options = ReplayOptions(model="smollm2-135m", num_chunks=10_000, scale=4096, policy=policy)
+def test_every_byte_of_an_hour_of_real_requests():
+    options = ReplayOptions(model="smollm2-135m", num_chunks=10_000, scale=4096, policy="arc")
     report = replay(read_trace(TRACE), options)
     assert report.ok
     assert report.verified_chunks == report.hits
-    assert report.hit_rate >= rate
+    assert report.hit_rate >= 0.218
