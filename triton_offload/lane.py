@@ -239,7 +239,7 @@ class Lane:
         path = self._allowed(piece.path)
         try:
             if self._last_path not in (None, path):
-                self.paths.settle()  # rule 5, where neighbours end on different streams
+                self.paths.settle()  # ordering rule 5, where neighbours end on different streams
             self._last_path = path
             segment = Segment(run, ids[0], ids[1], piece.marks)
             queued = self.paths.queue(path, segment, job.pages, job.slots)
@@ -324,6 +324,7 @@ class Lane:
             job.error = job.error or error
 
     def _finish(self, job: Job) -> None:
+        """Ordering rule 9: its last event was reached, or the device is lost."""
         job.finished = True
         self.completed = max(self.completed, job.sequence)
         if job.cancelled:

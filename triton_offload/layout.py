@@ -36,7 +36,7 @@ class CacheLayout:
     """The tensors of a KV cache and how its groups name them.
 
     `tensors`: `[num_blocks, ...]` each, all on one device; they stay the caller's and must live
-    as long as this does. A tensor's whole page has a place in the slot (DESIGN: slot format).
+    as long as this does. A tensor's whole page has a place in the slot (see `PageTable`).
     `groups[g]`: `(tensor index, page bytes)` for every page of the group's blocks; page bytes may
     be less than the tensor's page where the engine pads it. None: one group of all tensors.
     Groups may name the same tensor.

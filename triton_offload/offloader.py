@@ -319,6 +319,8 @@ class KVOffloader:
     ) -> tuple[ChunkSpan, Ids]:
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
+        if self._pool.device.capturing():
+            raise RuntimeError("the current stream captures a graph: expected no transfers in it")
         if not 0 <= group < len(self._layout.groups):
             raise ValueError(f"group: expected 0 to {len(self._layout.groups) - 1}, got {group}")
         ids = as_ids("block_ids", block_ids)

@@ -1,4 +1,20 @@
-"""All lanes over one pool: one lock, the order of jobs on the same slots, the feeder."""
+"""All lanes over one pool: one lock, the order of jobs on the same slots, the feeder.
+
+The ordering rules that every transfer keeps; the code names them where it does:
+
+1. A store reads pages only after what was queued on the engine's stream at submission.
+2. A load writes pages only after that too; its copy into staging starts at once.
+3. Pages are the job's until it releases them.
+4. A staging buffer, or memory of ids, is refilled only after its last use. Lanes share none.
+5. Jobs of one lane end in the order of their submission; expedited loads have a lane of their own.
+6. A slot is not written while another job reads or writes it, whatever the manager says.
+7. Submission never blocks on the device. A lane queues a bounded number of operations ahead; what
+   exceeds it is queued by later calls and, where nobody calls, by one feeder thread.
+8. A partial chunk moves its own pages; the rest of a slot that is not fresh keeps its bytes.
+9. A job is reported once, when nothing of it can touch a page or slot any more, failed or not.
+10. `wait` returns when the bytes have landed or raises; it consumes no result.
+11. Copies are slices, on streams of their own, so that a copy of the engine waits for a slice.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +82,6 @@ class Pipeline:
         self._lock = threading.RLock()
         self._closed = False  # no new jobs
         self._stopped = False  # no threads either
-        self._max_indices = options.max_indices
         table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
         if options.path is not None:
             table = PathTable(options.path)
@@ -98,7 +113,8 @@ class Pipeline:
                 direction,
                 paths,
                 table,
-                max_indices=options.max_indices,
+                # a segment takes at most a quarter, and holds at least one chunk
+                max_indices=max(options.max_indices, 4 * (layout.blocks_per_chunk + 1)),
                 window_bytes=options.window_bytes,
                 zero_copy_allowed=self._zero_copy_allowed,
                 mark_slots=self._mark_slots if direction is Direction.STORE else _no_marks,
@@ -170,7 +186,7 @@ class Pipeline:
             return taken
 
     def wait(self, job: Job, timeout: float | None = None) -> None:
-        """Block until the job is finished; raises TimeoutError."""
+        """Block until the job is finished (ordering rule 10); raises TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
