@@ -300,18 +300,36 @@ def test_a_stream_waits_for_a_job_without_the_host(world, device):
     device.close_stream(stream)
 
 
-def test_a_store_follows_the_stream_it_was_given(world, device):
-    stream = device.new_stream("engine")
-    device.gate.clear()
-    device._guard("compute", stream)
-    device.copy(world.tensors[0][:4], torch.full((4, 64), 7, dtype=torch.uint8), stream)
-    job = world.queue.transfer_async(
-        GPULoadStoreSpec([0, 1, 2, 3]), CPULoadStoreSpec([0, 1, 2, 3]), stream=stream
+@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("direction", ["store", "load"])
+def test_pages_are_touched_only_after_what_the_engine_queued_before(device, path, direction):
+    """Ordering rules 1 and 2: the engine still works on the pages when the job is submitted."""
+    world = World.build(
+        [random_pages(8, 64, 64, 0, 1)],
+        device=device,
+        options=PipelineOptions(path=path),
     )
-    device.gate.set()
+    pages = world.tensors[0]
+    world.finish(store(world, [0, 1, 2, 3]))
+    before = pages[:4].clone()
+    computing, stream = threading.Event(), device.new_stream("engine")
+    stream.queue.put(lambda: computing.wait(60))
+    device.copy(pages[:4], torch.full((4, 64), 7, dtype=torch.uint8), stream)
+    specs = [GPULoadStoreSpec([0, 1, 2, 3]), CPULoadStoreSpec([0, 1, 2, 3])]
+    if direction == "load":
+        specs.reverse()
+    job = world.queue.transfer_async(*specs, stream=stream)
+    with pytest.raises(TimeoutError):
+        world.queue.wait([job], 0.1)
+    assert torch.equal(pages[:4], before)
+    computing.set()
     world.finish(job)
-    assert bool((world.pool.slots[:4] == 7).all())
+    if direction == "store":
+        assert bool((world.pool.slots[:4] == 7).all())
+    else:
+        assert torch.equal(pages[:4], before)  # the load came after the engine's write
     device.close_stream(stream)
+    world.close()
 
 
 def test_shutdown_under_load_ends_every_job_and_every_thread(device):

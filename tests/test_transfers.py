@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from oracle import POISON, World, load_specs, random_pages, sample, storage_of, store_specs
 
 from triton_offload.calibration import Path
+from triton_offload.pieces import whole_chunks
 from triton_offload.pipeline import PipelineOptions
-from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, TransferStatus
 
 NUM_BLOCKS = 24
 NUM_SLOTS = 12
@@ -193,4 +194,20 @@ def test_a_load_submitted_behind_a_store_of_the_same_slots_reads_what_it_wrote()
         assert torch.equal(tensors[0][32:], source)
         tensors[0].add_(1)
         world.finish()
+    world.close()
+
+
+def test_no_copy_crosses_a_piece_that_is_pinned_on_its_own():
+    world = World.build([random_pages(NUM_BLOCKS, 64, 64, 0, 5)], num_slots=16)
+    world.pool.piece_slots = 4
+    slots = [2, 3, 4, 5, 6, 7, 8, 12, 13]
+    spec = GPULoadStoreSpec(range(9)), CPULoadStoreSpec(slots)
+    (run,) = world.layout.plan(Direction.STORE, *spec, 16)
+    staging = torch.zeros(9, 64, dtype=torch.uint8)
+    start = world.pool.slots.data_ptr()
+    copied = []
+    for there, _ in whole_chunks(run, world.pool, staging):
+        first = (there.data_ptr() - start) // 64
+        copied.append(list(range(first, first + len(there))))
+    assert copied == [[2, 3], [4, 5, 6, 7], [8], [12, 13]]
     world.close()
