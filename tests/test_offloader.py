@@ -228,6 +228,42 @@ def test_cancel(device):
         assert len(offloader.get_finished()) == 301
 
 
+def test_pages_are_released_before_the_bytes_have_landed(device, monkeypatch):
+    """A store gives its pages back when the gather has read them; streams can wait for that."""
+    kv = caches()
+    before = copies(kv)
+    landing = threading.Event()
+    copy = GatedDevice.copy
+
+    def slow_copy(self, dst, src, stream):
+        stream.queue.put(lambda: landing.wait(60))
+        copy(self, dst, src, stream)
+
+    with KVOffloader(kv, "64KiB", path="staged") as offloader:
+        monkeypatch.setattr(GatedDevice, "copy", slow_copy)
+        device.gate.clear()
+        job = offloader.store([b"a", b"b"], [1, 2])
+        assert not job.source_released
+        engine = device.new_stream("engine")
+        job.wait_on(engine)
+        engine.queue.put(lambda: [tensor[1:3].zero_() for tensor in kv.values()])
+        reached = device.new_event()
+        device.record(reached, engine)
+        assert not device.query(reached)
+        device.gate.set()
+        device.synchronize(reached, 60)  # the engine wrote over the pages ...
+        assert job.source_released
+        assert not job.done  # ... while their bytes were still on the way
+        landing.set()
+        job.wait(60)
+        monkeypatch.undo()
+        offloader.load([b"a", b"b"], [11, 12]).wait(60)
+        for name, tensor in kv.items():
+            assert torch.equal(tensor[11:13], before[name][1:3])
+            assert not tensor[1:3].any()
+        device.close_stream(engine)
+
+
 def test_groups_have_keys_and_pages_of_their_own():
     kv = caches(layers=4)
     before = copies(kv)
