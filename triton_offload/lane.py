@@ -107,7 +107,6 @@ class Lane:
     ) -> None:
         self.direction = direction
         self.paths = paths
-        self.completed = 0  # the sequence number up to which jobs are finished
         self.finished: list[Job] = []  # to be reported
         self.lost: BaseException | None = None
         self._device = device
@@ -326,7 +325,6 @@ class Lane:
     def _finish(self, job: Job) -> None:
         """Ordering rule 9: its last event was reached, or the device is lost."""
         job.finished = True
-        self.completed = max(self.completed, job.sequence)
         if job.cancelled:
             job.result = TransferResult(job.job_id, TransferStatus.CANCELLED)
         elif job.error is not None:

@@ -62,7 +62,7 @@ class PipelineOptions:
 class Pipeline:
     """Moves jobs between a cache and a pool, in three lanes: stores, loads, expedited loads.
 
-    Every method may be called from any thread, and none but `wait`, `wait_queued` and `shutdown`
+    Every method may be called from any thread, and none but `wait`, `wait_on` and `shutdown`
     blocks on the device.
     """
 

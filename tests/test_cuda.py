@@ -1,0 +1,98 @@
+"""On a GPU, where there is one: kernels, paths, order, and what a graph capture refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from triton_offload import KVOffloader
+from triton_offload.calibration import Path
+from triton_offload.kernels import pages, reference
+from triton_offload.kernels.table import PageTable
+from triton_offload.pipeline import PipelineOptions
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+NUM_BLOCKS = 64
+
+
+def caches(*page_bytes: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, 256, (NUM_BLOCKS, size), dtype=torch.uint8, generator=generator).cuda()
+        for size in page_bytes
+    ]
+
+
+@pytest.mark.parametrize("page_bytes", [1, 24, 577, 1152, 4096, 65536])
+@pytest.mark.parametrize("mapped", [False, True], ids=["device", "mapped"])
+@pytest.mark.parametrize("blocks_per_chunk", [1, 3])
+def test_kernels_equal_the_reference(page_bytes, mapped, blocks_per_chunk):
+    table = PageTable(caches(page_bytes, 48), blocks_per_chunk)
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), 20)
+    shape = (24, table.slot_bytes)
+    slots = torch.full(shape, 0xA5, dtype=torch.uint8, device=None if mapped else "cuda")
+    slots = slots.pin_memory() if mapped else slots
+    expected = torch.full(shape, 0xA5, dtype=torch.uint8, device="cuda")
+    pages.gather_pages(table, blocks, slots, first_block=1 % blocks_per_chunk)
+    reference.gather_pages(table, blocks, expected, first_block=1 % blocks_per_chunk)
+    torch.cuda.synchronize()
+    assert torch.equal(slots.cpu(), expected.cpu())
+    before = [row.view.clone() for row in table.pages]
+    target = list(reversed(blocks))
+    pages.scatter_pages(table, target, slots, first_block=1 % blocks_per_chunk)
+    torch.cuda.synchronize()
+    for row, old in zip(table.pages, before, strict=True):
+        wanted = old.clone()
+        wanted[target] = old[blocks]
+        assert torch.equal(row.view, wanted)
+
+
+@pytest.mark.parametrize("path", Path)
+def test_random_chunks_come_back_as_they_were(path):
+    tensors = caches(24, 577, 4096)
+    options = PipelineOptions(path=path, buffer_bytes=64 << 10, max_indices=256)
+    rng = random.Random(0)
+    with KVOffloader(tensors, "8MiB", blocks_per_chunk=3, options=options) as offloader:
+        offloader._pool.wait_ready(60)
+        for step in range(30):
+            count, first = rng.randint(1, 30), rng.randrange(3)
+            blocks = rng.sample(range(NUM_BLOCKS), 2 * count)
+            keys = [b"%d-%d" % (step, i) for i in range(-(-(first + count) // 3))]
+            before = [tensor.clone() for tensor in tensors]
+            offloader.store(keys, blocks[:count], first_block=first).wait(60)
+            offloader.load(keys, blocks[count:], first_block=first).wait(60)
+            for tensor, old in zip(tensors, before, strict=True):
+                old[blocks[count:]] = old[blocks[:count]]
+                assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("path", Path)
+def test_transfers_follow_the_compute_stream_and_it_can_follow_them(path):
+    tensors = caches(4096)
+    with KVOffloader(tensors, "8MiB", path=path) as offloader:
+        offloader._pool.wait_ready(60)
+        for step in range(20):
+            torch.cuda._sleep(1_000_000)  # the model is still at work when the job is submitted
+            tensors[0][:8] = step
+            store = offloader.store([b"%d-%d" % (step, i) for i in range(8)], range(8))
+            store.wait_on(torch.cuda.current_stream())
+            tensors[0][:8] = 0xA5
+            store.wait(60)
+            load = offloader.load([b"%d-%d" % (step, i) for i in range(8)], range(8, 16))
+            load.wait_on(torch.cuda.current_stream())
+            assert bool((tensors[0][8:16] == step).all())
+            load.wait(60)
+
+
+def test_a_transfer_inside_a_graph_capture_is_refused():
+    tensors = caches(4096)
+    with KVOffloader(tensors, "8MiB") as offloader:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            tensors[0].add_(1)
+            with pytest.raises(RuntimeError, match="captures a graph"):
+                offloader.store([b"a"], [1])
+        offloader.store([b"a"], [1]).wait(60)
