@@ -14,9 +14,9 @@ from rich.table import Table
 
 import triton_offload
 from triton_offload.models import MODELS
-from triton_offload.replay import ReplayOptions, ReplayReport, read_trace
+from triton_offload.replay import ReplayOptions, ReplayReport, chunks_in, read_trace
 from triton_offload.replay import replay as run_replay
-from triton_offload.sizes import format_bytes
+from triton_offload.sizes import format_bytes, parse_bytes
 
 app = typer.Typer(
     help="Moves the KV cache of LLM engines between device pages and host memory.",
@@ -66,8 +66,13 @@ def replay(
         str, typer.Option(help=f"Page geometry: {', '.join(MODELS)}.")
     ] = _DEFAULTS.model,
     chunks: Annotated[
-        int, typer.Option(help="Size of the host pool, in chunks.")
-    ] = _DEFAULTS.num_chunks,
+        int | None,
+        typer.Option(help=f"Size of the host pool, in chunks (else {_DEFAULTS.num_chunks})."),
+    ] = None,
+    host_bytes: Annotated[
+        str | None,
+        typer.Option(help='The same as bytes of the unscaled model ("640GiB").'),
+    ] = None,
     chunk_tokens: Annotated[
         int, typer.Option(help="Tokens of a chunk, as the trace counts them.")
     ] = _DEFAULTS.chunk_tokens,
@@ -93,20 +98,31 @@ def replay(
     input.
     """
     try:
+        num_chunks = _num_chunks(chunks, host_bytes, model, chunk_tokens)
         options = ReplayOptions(
-            model, chunks, chunk_tokens, block_tokens, scale, policy, path, in_flight, limit
+            model, num_chunks, chunk_tokens, block_tokens, scale, policy, path, in_flight, limit
         )
         requests = read_trace(trace, limit)
         report = _with_progress(requests, options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         typer.echo(f"triton-offload replay: {error}", err=True)
         raise typer.Exit(2) from error
     if json_output:
         facts = {**dataclasses.asdict(options), **dataclasses.asdict(report)}
-        typer.echo(json.dumps({**facts, "hit_rate": report.hit_rate, "ok": report.ok}))
+        for name in ("hit_rate", "store_gb_per_s", "load_gb_per_s", "ok"):
+            facts[name] = getattr(report, name)
+        typer.echo(json.dumps(facts))
     else:
         Console().print(_table(options, report))
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _num_chunks(chunks: int | None, host_bytes: str | None, model: str, chunk_tokens: int) -> int:
+    if host_bytes is None:
+        return _DEFAULTS.num_chunks if chunks is None else chunks
+    if chunks is not None:
+        raise ValueError("host_bytes: expected no chunks beside it, got both")
+    return chunks_in(parse_bytes("host_bytes", host_bytes), model, chunk_tokens)
 
 
 def _with_progress(requests: list[list[int]], options: ReplayOptions) -> ReplayReport:
@@ -133,17 +149,17 @@ def _table(options: ReplayOptions, report: ReplayReport) -> Table:
     )
     table.add_column(justify="left")
     table.add_column(justify="right")
-    rate = _gb_per_s
     for name, value in [
         ("prefix hit rate", f"{report.hit_rate:.4f}"),
         ("chunks referenced / hit", f"{report.references} / {report.hits}"),
         ("chunks evicted", f"{report.evictions}"),
         ("stored", format_bytes(report.stored_bytes)),
         ("loaded", format_bytes(report.loaded_bytes)),
-        ("store GB/s", rate(report.stored_bytes, report.store_seconds)),
-        ("load GB/s", rate(report.loaded_bytes, report.load_seconds)),
+        ("store GB/s", f"{report.store_gb_per_s:.3f}"),
+        ("load GB/s", f"{report.load_gb_per_s:.3f}"),
         ("waits for transfers", f"{report.waits}, {report.waited_seconds:.1f} s"),
         ("whole replay", f"{report.seconds:.1f} s"),
+        ("verified", format_bytes(report.verified_bytes)),
         ("chunks verified / wrong", f"{report.verified_chunks} / {report.wrong_chunks}"),
         ("transfers failed", f"{report.failed_jobs}"),
     ]:
@@ -155,10 +171,6 @@ def _is_bad(name: str, report: ReplayReport) -> bool:
     return ("wrong" in name and report.wrong_chunks > 0) or (
         "failed" in name and report.failed_jobs > 0
     )
-
-
-def _gb_per_s(num_bytes: int, seconds: float) -> str:
-    return f"{num_bytes / seconds / 1e9:.2f}" if seconds else "-"
 
 
 if __name__ == "__main__":
