@@ -218,10 +218,10 @@ def gather_pages(
 ) -> None:
     """Copy the pages of a run of blocks into the slots of its chunks, on the device.
 
-    With ``B = table.blocks_per_chunk`` and ``p = first_block % B``, the pages of ``block_ids[i]``
-    go to slot ``slot_ids[(p + i) // B]``, position ``(p + i) % B``. Every other byte of ``slots``
-    stays as it is. Queued on the current stream of ``table.device``; the caller keeps ``slots``
-    and the cache alive until it has run.
+    ``block_ids[i]`` is block ``b = first_block + i`` of a run of chunks: with
+    ``B = table.blocks_per_chunk`` its pages go to slot ``slot_ids[b // B]``, position ``b % B``. Every
+    other byte of ``slots`` stays as it is. Queued on the current stream of ``table.device``; the
+    caller keeps ``slots`` and the cache alive until it has run.
 
     Args:
         table: Where the pages lie.
@@ -229,8 +229,8 @@ def gather_pages(
             tensor. Ids in a tensor on the device are trusted, not checked.
         slots: uint8 ``[num_slots, >= table.slot_bytes]``, rows at any stride; on the table's
             device, or pinned host memory that the device maps.
-        slot_ids: ``[ceil((p + n) / B)]`` distinct slots, one a chunk, counted from the chunk that
-            holds ``first_block``; None for 0, 1, ...
+        slot_ids: ``[ceil((first_block + n) / B)]`` distinct slots, one for each chunk of the run;
+            those of chunks before ``first_block`` are not looked at. None for 0, 1, ...
         first_block: Where in its run of chunks the first block lies.
         config: None for ``choose_config``.
 

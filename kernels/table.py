@@ -169,7 +169,7 @@ class PageTable:
 
 @dataclass(frozen=True, eq=False)
 class BlockRun:
-    """Ids of a run of blocks that passed ``check_run``.
+    """Ids of a run of blocks that passed ``check_run``, from the first chunk that holds one.
 
     Block ``block_ids[i]`` lies in slot ``slot_ids[(first_block + i) // B]`` at position
     ``(first_block + i) % B``.
@@ -198,8 +198,8 @@ def check_run(
         block_ids: ``[n]`` block ids; a list, a numpy array or an integer tensor. Tensors on a
             device are trusted: looking at them would make the host wait for it.
         num_slots: Slots of the buffer on the other side.
-        slot_ids: ``[ceil((first_block % B + n) / B)]`` slot ids, counted from the chunk that holds
-            ``first_block``; None for 0, 1, ...
+        slot_ids: ``[ceil((first_block + n) / B)]`` slot ids, one for each chunk of the run; those
+            of chunks before ``first_block`` are not looked at. None for 0, 1, ...
         first_block: Index of ``block_ids[0]`` in its run of chunks.
         direction: ``gather`` writes slots (slot ids must be distinct), ``scatter`` writes blocks.
 
@@ -211,26 +211,27 @@ def check_run(
     first_block = operator.index(first_block)
     if first_block < 0:
         raise ValueError(f"first_block: expected at least 0, got {first_block}")
-    position = first_block % blocks_per_chunk
+    skipped, position = divmod(first_block, blocks_per_chunk)
     blocks = _as_ids(block_ids, "block_ids")
     if isinstance(blocks, np.ndarray):
         check_ids("block_ids", blocks, table.num_blocks, distinct=direction == "scatter")
     n = blocks.shape[0]
-    num_chunks = -(-(position + n) // blocks_per_chunk) if n else 0
+    num_chunks = -(-(first_block + n) // blocks_per_chunk) if n else 0
     if slot_ids is None:
-        slots: IdArray | torch.Tensor = np.arange(num_chunks, dtype=np.int64)
+        slots: IdArray | torch.Tensor = np.arange(skipped, max(skipped, num_chunks), dtype=np.int64)
         if num_chunks > num_slots:
             raise ValueError(
-                f"slots: expected at least {num_chunks} slots for {n} blocks from position "
-                f"{position}, got {num_slots}"
+                f"slots: expected at least {num_chunks} slots for {n} blocks from block "
+                f"{first_block} on, got {num_slots}"
             )
     else:
         slots = _as_ids(slot_ids, "slot_ids")
         if slots.shape[0] != num_chunks:
             raise ValueError(
-                f"slot_ids: expected {num_chunks} ids for {n} blocks from position {position} in "
-                f"chunks of {blocks_per_chunk}, got {slots.shape[0]}"
+                f"slot_ids: expected {num_chunks} ids for {n} blocks from block {first_block} on "
+                f"in chunks of {blocks_per_chunk}, got {slots.shape[0]}"
             )
+        slots = slots[skipped:]
         if isinstance(slots, np.ndarray):
             check_ids("slot_ids", slots, num_slots, distinct=direction == "gather")
     return BlockRun(_as_tensor(blocks), _as_tensor(slots), position)

@@ -84,9 +84,8 @@ def check(case: Case, direction: str, config: KernelConfig | None = SMALL) -> No
 
     expected = [cache.numpy().copy() for cache in caches]
     expected_pool = pool.numpy().copy()
-    position = case.first_block % case.blocks_per_chunk
     for i, block in enumerate(case.block_ids):
-        chunk, place = divmod(position + i, case.blocks_per_chunk)
+        chunk, place = divmod(case.first_block + i, case.blocks_per_chunk)
         slot = chunk if case.slot_ids is None else case.slot_ids[chunk]
         in_slot = case.slot_start + slot * stride_slot
         for t, stride, cache in zip(case.tensors, strides, expected, strict=True):
@@ -113,7 +112,8 @@ CASES = {
     "partial first chunk": Case((Tensor(64), Tensor(32)), (3, 1, 0, 6, 2), 4, 3),
     "partial last chunk": Case((Tensor(48),), (3, 1, 0, 6, 2), 3, 0),
     "one block inside a chunk": Case((Tensor(64), Tensor(16)), (5,), 3, 1),
-    "a run that starts chunks later": Case((Tensor(64),), (5, 4, 0), 2, 5, (4, 1)),
+    "a run that starts chunks later": Case((Tensor(64),), (5, 4, 0), 2, 5, (1, 1, 4, 1)),
+    "the first slots by default": Case((Tensor(64),), (5, 4, 0), 2, 5),
     "slots apart and out of order": Case((Tensor(64, 64),), (3, 1, 0, 6, 2), 2, 1, (5, 0, 2)),
     "zero blocks": Case((Tensor(64),), (), 2, 1, ()),
     "alignment 8": Case((Tensor(64, 8), Tensor(64, 0, 8)), (3, 1, 0), 1, 0, None),
@@ -161,10 +161,8 @@ class TestBytes:
         block_ids = data.draw(
             st.lists(st.integers(0, 6), max_size=7, unique=direction == "scatter")
         )
-        first = data.draw(st.integers(0, 9))
-        num_chunks = -(-(first % blocks_per_chunk + len(block_ids)) // blocks_per_chunk)
-        if not block_ids:
-            num_chunks = 0
+        first = data.draw(st.integers(0, 2 * blocks_per_chunk))
+        num_chunks = -(-(first + len(block_ids)) // blocks_per_chunk) if block_ids else 0
         slot_ids = data.draw(
             st.one_of(
                 st.none(),

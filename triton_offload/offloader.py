@@ -239,7 +239,10 @@ class KVOffloader:
             self._manager.touch(self._offload_keys(keys, group))
 
     def get_finished(self) -> list[TransferResult]:
-        """Jobs that ended since the last call, each once; jobs that were waited for too."""
+        """Jobs that ended since the last call, each once; jobs that were waited for too.
+
+        Results are kept until this is called: a program that only waits calls it now and then.
+        """
         with self._lock:
             self._collect()
             finished, self._finished = self._finished, []
