@@ -219,9 +219,9 @@ def gather_pages(
     """Copy the pages of a run of blocks into the slots of its chunks, on the device.
 
     ``block_ids[i]`` is block ``b = first_block + i`` of a run of chunks: with
-    ``B = table.blocks_per_chunk`` its pages go to slot ``slot_ids[b // B]``, position ``b % B``. Every
-    other byte of ``slots`` stays as it is. Queued on the current stream of ``table.device``; the
-    caller keeps ``slots`` and the cache alive until it has run.
+    ``B = table.blocks_per_chunk`` its pages go to slot ``slot_ids[b // B]``, position ``b % B``.
+    Every other byte of ``slots`` stays as it is. Queued on the current stream of ``table.device``;
+    the caller keeps ``slots`` and the cache alive until it has run.
 
     Args:
         table: Where the pages lie.

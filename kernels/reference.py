@@ -22,8 +22,8 @@ def gather_pages(
     """Copy the pages of a run of blocks into the slots of its chunks.
 
     ``block_ids[i]`` is block ``b = first_block + i`` of a run of chunks: with
-    ``B = table.blocks_per_chunk`` its pages go to slot ``slot_ids[b // B]``, position ``b % B``. Every
-    other byte of ``slots`` stays as it is.
+    ``B = table.blocks_per_chunk`` its pages go to slot ``slot_ids[b // B]``, position ``b % B``.
+    Every other byte of ``slots`` stays as it is.
 
     Args:
         table: Where the pages lie.
