@@ -1,0 +1,42 @@
+"""A host device that a test can hold and make fail."""
+
+from __future__ import annotations
+
+import threading
+
+from triton_offload.device.host import HostDevice
+
+
+class GatedDevice(HostDevice):
+    """A host device whose gathers and scatters wait for `gate`, and fail where told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail_submission: set[str] = set()
+        self.fail_running: set[str] = set()
+
+    def _guard(self, kind: str, stream) -> None:
+        if kind in self.fail_submission:
+            raise RuntimeError(f"injected: {kind} could not be queued")
+        failing = kind in self.fail_running
+
+        def run() -> None:
+            assert self.gate.wait(60)
+            if failing:
+                raise RuntimeError(f"injected: {kind} failed")
+
+        stream.queue.put(run)
+
+    def gather(self, table, block_ids, slots, slot_ids, first_block, stream, *, zero_copy):
+        self._guard("gather", stream)
+        super().gather(table, block_ids, slots, slot_ids, first_block, stream, zero_copy=zero_copy)
+
+    def scatter(self, table, block_ids, slots, slot_ids, first_block, stream, *, zero_copy):
+        self._guard("scatter", stream)
+        super().scatter(table, block_ids, slots, slot_ids, first_block, stream, zero_copy=zero_copy)
+
+    def copy_batch(self, dst, src, sizes, stream):
+        self._guard("copy_batch", stream)
+        super().copy_batch(dst, src, sizes, stream)
