@@ -369,6 +369,23 @@ def test_close_under_load_ends_every_job_and_every_thread(device):
     assert threading.active_count() <= threads
 
 
+def test_close_that_timed_out_can_be_tried_again(device):
+    threads = threading.active_count()
+    offloader = KVOffloader(caches(), "64KiB")
+    device.gate.clear()
+    job = offloader.store([b"a"], [1])
+    with pytest.raises(TimeoutError):
+        offloader.close(0.05)
+    with pytest.raises(RuntimeError, match="closed"):
+        offloader.store([b"b"], [2])
+    device.gate.set()
+    offloader.close(60)
+    assert job.wait().success
+    names = [t.name for t in threading.enumerate() if t.name.startswith("triton-offload")]
+    assert names == []
+    assert threading.active_count() <= threads
+
+
 def test_several_threads_serve_requests_of_their_own():
     kv = caches(num_blocks=64)
     before = copies(kv)

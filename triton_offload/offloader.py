@@ -103,7 +103,8 @@ class KVOffloader:
         self._finished: list[TransferResult] = []
         self._totals = {direction: DirectionStats() for direction in Direction}
         self._lookups = self._hits = self._evictions = 0
-        self._closed = False
+        self._closed = False  # no new jobs
+        self._freed = False  # no threads and no pinned memory either
 
     @property
     def num_chunks(self) -> int:
@@ -284,10 +285,11 @@ class KVOffloader:
     def close(self, timeout: float | None = None) -> None:
         """Cancel what has not started, drain the rest, free the pool. Idempotent.
 
-        Jobs keep their results. Raises TimeoutError where the device does not finish.
+        Jobs keep their results. Raises TimeoutError where the device does not finish; a later call
+        tries again.
         """
         with self._lock:
-            if self._closed:
+            if self._freed:
                 return
             self._closed = True
             transfers = list(self._jobs)
@@ -297,6 +299,7 @@ class KVOffloader:
             self._collect()
         self._queue.shutdown(timeout)
         self._pool.close()
+        self._freed = True
 
     def __enter__(self) -> KVOffloader:
         return self

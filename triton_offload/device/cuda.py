@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import time
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -45,7 +46,9 @@ class CUDADevice:
         return torch.cuda.Stream(self.torch_device, priority=-1 if high_priority else 0)
 
     def close_stream(self, stream: torch.cuda.Stream) -> None:
-        stream.synchronize()
+        # A lost context frees its streams itself; the jobs on them carry the error.
+        with suppress(RuntimeError):
+            stream.synchronize()
 
     def new_event(self, *, timed: bool = False) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=timed)
