@@ -40,3 +40,8 @@ class GatedDevice(HostDevice):
     def copy_batch(self, dst, src, sizes, stream):
         self._guard("copy_batch", stream)
         super().copy_batch(dst, src, sizes, stream)
+
+    def copy(self, dst, src, stream):
+        if "copy" in self.fail_submission:
+            raise RuntimeError("injected: copy could not be queued")
+        super().copy(dst, src, stream)

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from gated import GatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import POISON, World, load_specs, random_pages, sample, storage_of, store_specs
@@ -131,6 +132,28 @@ def test_a_fresh_slot_keeps_no_byte_of_the_chunk_before(path):
     world.finish(world.queue.transfer_async(*full), world.queue.transfer_async(*partial))
     expected = torch.zeros_like(world.pool.slots)
     expected = world.after_store(expected, 1, [3], [5], 1, [True])
+    assert torch.equal(world.pool.slots, expected)
+    world.close()
+
+
+@pytest.mark.parametrize("path", Path)
+def test_a_store_that_failed_leaves_the_clearing_to_the_next(path):
+    device = GatedDevice()
+    world = World.build(
+        [random_pages(8, 64, 64, 0, 3), random_pages(8, 32, 32, 0, 4)],
+        groups=[[(0, 64), (1, 32)], [(1, 32)]],
+        options=PipelineOptions(path=path),
+        device=device,
+    )
+    world.finish(world.queue.transfer_async(*store_specs(world, 0, [0], [5], 0, True)))
+    device.fail_submission = {"gather", "copy_batch", "copy"}
+    again = store_specs(world, 1, [3], [5], 0, True)
+    (failed,) = world.finish(world.queue.transfer_async(*again))
+    assert failed.status is TransferStatus.FAILED
+    device.fail_submission = set()
+    world.finish(world.queue.transfer_async(*again))
+    expected = torch.zeros_like(world.pool.slots)
+    expected = world.after_store(expected, 1, [3], [5], 0, [True])
     assert torch.equal(world.pool.slots, expected)
     world.close()
 

@@ -261,6 +261,9 @@ class Pipeline:
             for job in lane.finished:
                 del jobs[job.sequence]
                 self._finished[job.direction].append(job)
+                if job.direction is Direction.STORE and job.error is not None:
+                    for run in job.runs:  # who knows what it wrote, or did not clear
+                        self._holder[run.slot_ids] = _MIXED
             lane.finished.clear()
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
