@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
-    {"kernels.table", "specs", "sizes", "chunks", "policies", "models"},
+    {"kernels.table", "specs", "sizes", "chunks", "policies", "models", "version"},
     {"kernels.tiling", "kernels.reference", "manager", "calibration", "stats"},
-    {"kernels.compiling", "device.base", "device.host_pages"},
+    {"calibration_file", "fitting"},
+    {"machine"},
+    {"kernels.compiling", "device.base", "device.realtime", "device.host_pages"},
     {"kernels.pages"},
     {"device.host", "device.cuda"},
     {"device"},
@@ -26,11 +28,13 @@ LAYERS = [
     {"pipeline"},
     {"worker"},
     {"queue_manager"},
-    {"job"},
-    {"offloader"},
+    {"rig"},
+    {"calibrate"},
+    {"job", "facts"},
+    {"offloader", "doctor"},
     {""},  # the package itself: its public names
     {"replay", "vllm"},
-    {"demo"},
+    {"demo", "cli_machine"},
     {"cli"},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -90,6 +94,8 @@ def test_imports_point_one_way(name):
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
+        ("triton_offload.calibration_file", ["torch", "triton", "vllm"]),
+        ("triton_offload.fitting", ["torch", "triton", "vllm"]),
         ("triton_offload", ["torch", "triton", "vllm", "numpy"]),
         ("triton_offload.manager", ["torch", "triton", "vllm"]),
         ("triton_offload.offloader", ["vllm", "typer", "rich"]),

@@ -43,7 +43,7 @@ def keys_of(name: str, count: int) -> list[bytes]:
 def device(monkeypatch):
     """What every offloader of the test runs on: its kernels can be held and made to fail."""
     device = GatedDevice()
-    monkeypatch.setattr(offloader_module, "device_for", lambda _: device)
+    monkeypatch.setattr(offloader_module, "device_for", lambda _, calibration: device)
     yield device
     device.gate.set()
 

@@ -375,6 +375,9 @@ def test_caches_that_do_not_fit_their_slot_and_unknown_paths_are_refused(caches:
     extra = {"cpu_bytes_to_use": _CHUNKS * 4096, "path": "teleport"}
     with pytest.raises(ValueError, match=r"path: expected one of .* got 'teleport'"):
         plugin.TritonOffloadingSpec(_make_config(extra_config=extra)).get_worker(caches)
+    extra = {"cpu_bytes_to_use": _CHUNKS * 4096, "calibration": "of"}
+    with pytest.raises(ValueError, match='calibration: expected "auto", "off" or a file, got'):
+        plugin.TritonOffloadingSpec(_make_config(extra_config=extra)).get_worker(caches)
 
 
 @pytest.mark.skipif(not vllm.__version__.startswith("0.32"), reason="is the other vLLM")

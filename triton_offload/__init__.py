@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from triton_offload.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from triton_offload.offloader import KVOffloader as KVOffloader
-
-__version__ = "0.1.0"
 
 _EXPORTS = {"KVOffloader": "triton_offload.offloader"}
 

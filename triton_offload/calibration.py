@@ -1,7 +1,8 @@
-"""Which path a segment takes: a frozen value that a pure function reads.
+"""What depends on the machine: frozen values that pure functions read.
 
 The values here are predictions from the field's figures, not measurements of this machine; a
-measured `PathTable` replaces them.
+measured `Calibration` replaces them (`calibrate.py` measures, `fitting.py` fits, and
+`calibration_file.py` keeps it).
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class Path(Enum):
     COPY_ENGINE = "copy_engine"  # the copy engine alone, a piece for every run of pages
 
 
+def _check(name: str, value: int, least: int, most: int = 1 << 62) -> None:
+    if type(value) is not int or not least <= value <= most:  # what a file holds may be anything
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class PathRule:
     """From `min_page_bytes` and `min_pages` on, `direction` takes `path`."""
@@ -28,6 +34,10 @@ class PathRule:
     min_page_bytes: int
     min_pages: int
     path: Path
+
+    def __post_init__(self) -> None:
+        _check("min_page_bytes", self.min_page_bytes, 0)
+        _check("min_pages", self.min_pages, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +69,40 @@ CUDA_PATHS = PathTable(
     Path.STAGED,
     tuple(PathRule(direction, 512 << 10, 0, Path.COPY_ENGINE) for direction in Direction),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchShape:
+    """How a kernel's launch is cut up: at most `programs` CTAs, each of `warps` * 32 threads."""
+
+    programs: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        _check("programs", self.programs, 1)
+        _check("warps", self.warps, 1, 32)
+        if self.warps & (self.warps - 1):
+            raise ValueError(f"warps: expected a power of two, got {self.warps}")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a measurement of the machine decides.
+
+    `buffer_bytes`: a staging buffer, and so the largest segment. `staged`, `zero_copy`: the
+    launches of kernels that work on staging buffers, and on mapped host memory; None: as the
+    kernels have it, and on the host device, which launches none.
+    """
+
+    paths: PathTable
+    buffer_bytes: int = 16 << 20
+    staged: LaunchShape | None = None
+    zero_copy: LaunchShape | None = None
+
+    def __post_init__(self) -> None:
+        _check("buffer_bytes", self.buffer_bytes, 1, 1 << 30)
+
+
+def default_calibration(device_type: str) -> Calibration:
+    """What holds where nothing was measured. `device_type`: torch's, "cpu" or "cuda"."""
+    return Calibration(HOST_PATHS if device_type == "cpu" else CUDA_PATHS)

@@ -1,4 +1,4 @@
-"""The command line: `triton-offload demo`, `triton-offload replay TRACE.jsonl`."""
+"""The command line: `triton-offload demo`, `replay TRACE.jsonl`, `calibrate`, `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import triton_offload
+from triton_offload.cli_machine import calibrate, doctor
 from triton_offload.models import MODELS
 from triton_offload.replay import ReplayOptions, ReplayReport, chunks_in, read_trace
 from triton_offload.replay import replay as run_replay
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(calibrate)
+app.command()(doctor)
 _DEFAULTS = ReplayOptions()
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 

@@ -6,18 +6,19 @@ import ctypes
 import math
 import mmap
 import os
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
 
-from triton_offload.device.base import Device
+from triton_offload.device.base import Background, Device
 
 # One cudaHostRegister of 512 GiB or more always fails, and each stalls the process for 0.1 s a GB.
 _MAX_PIECE_BYTES = 256 << 20
 # Not in Python 3.11's mmap; Linux 5.14 and later.
 _MADV_POPULATE_WRITE = 23
+_POLL_SECONDS = 0.0005
 
 
 class HostPool:
@@ -34,19 +35,18 @@ class HostPool:
         self.num_slots, self.slot_bytes = slots.shape
         #: copies must not cross a multiple of this many slots: each piece is pinned on its own
         self.piece_slots = self.num_slots
+        #: what kept the pool from being pinned, where that was an error
+        self.pin_error: Exception | None = None
         self._pinned = pinned
         self._registered: list[torch.Tensor] = []
-        self._ready = threading.Event()
+        self._ready = not owned
         self._closing = False
-        self._preparing: threading.Thread | None = None
-        if not owned:
-            self._ready.set()
-            return
-        self.piece_slots = _piece_slots(self.num_slots, self.slot_bytes)
-        self._preparing = threading.Thread(
-            target=self._prepare, name="triton-offload-pool", daemon=True
-        )
-        self._preparing.start()
+        self._steps: Iterator[None] = iter(())
+        self._preparing: Background | None = None
+        if owned:
+            self.piece_slots = _piece_slots(self.num_slots, self.slot_bytes)
+            self._steps = self._prepare()
+            self._preparing = device.background("triton-offload-pool", self._step)
 
     @classmethod
     def allocate(cls, device: Device, num_slots: int, slot_bytes: int) -> HostPool:
@@ -108,34 +108,48 @@ class HostPool:
     @property
     def pinned(self) -> bool:
         """Whether the whole pool is pinned, so that kernels can reach it and copies never block."""
-        return self._pinned and self._ready.is_set()
+        return self._pinned and self._ready
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Block until touching and pinning have ended; raises TimeoutError."""
-        if not self._ready.wait(timeout):
-            raise TimeoutError(f"the host pool was not ready within {timeout} s")
+        deadline = None if timeout is None else self.device.monotonic() + timeout
+        while not self._ready:
+            if deadline is not None and self.device.monotonic() >= deadline:
+                raise TimeoutError(f"the host pool was not ready within {timeout} s")
+            self.device.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """Unpin. Idempotent; the memory goes when the last tensor over it does."""
         self._closing = True
         if self._preparing is not None:
-            self._preparing.join()
+            self._preparing.stop()
+        self._pinned = False
         while self._registered:
             self.device.unregister(self._registered.pop())
-        self._pinned = False
 
-    def _prepare(self) -> None:
+    def _step(self) -> float | None:
+        """One piece more. Whatever goes wrong, the pool is as good as before, but not pinned."""
+        try:
+            next(self._steps)
+        except StopIteration:
+            pass
+        except Exception as error:
+            self.pin_error = error
+        else:
+            return 0.0
+        self._ready = True
+        return None
+
+    def _prepare(self) -> Iterator[None]:
         """Touch the pages in parallel, then pin piece by piece."""
         pieces = torch.split(self.slots, self.piece_slots)
-        try:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-                for piece, _ in zip(pieces, threads.map(self._touch, pieces), strict=True):
-                    if self._closing or not self.device.register(piece):
-                        return
-                    self._registered.append(piece)
-            self._pinned = True
-        finally:
-            self._ready.set()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            for piece, _ in zip(pieces, threads.map(self._touch, pieces), strict=True):
+                if self._closing or not self.device.register(piece):
+                    return
+                self._registered.append(piece)
+                yield
+        self._pinned = True
 
     def _touch(self, piece: torch.Tensor) -> None:
         # Never by writing: transfers are already under way.

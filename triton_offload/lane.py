@@ -130,6 +130,11 @@ class Lane:
         return bool(self._backlog)
 
     @property
+    def broken(self) -> frozenset[Path]:
+        """The paths that could not be queued here, for which others stand in."""
+        return frozenset(self._broken)
+
+    @property
     def next_event(self) -> Event | None:
         """The event that the oldest work in flight ends with."""
         return self._in_flight[0].done if self._in_flight else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.calibrate import calibration_for
+from triton_offload.calibration import Calibration
 from triton_offload.chunks import ChunkSpan, pieces_to_store
 from triton_offload.device import device_for
 from triton_offload.host_pool import HostPool
@@ -54,7 +57,11 @@ class KVOffloader:
         path: "staged", "zero_copy", "copy_engine", or "auto".
         policy: which chunks are evicted, "lru" or "arc".
         enable_events: record what is stored and removed for `take_events`.
-        options: sizes of the worker side.
+        calibration: what was measured of this machine. "auto": what is kept in the user's cache;
+            where that is nothing, a GPU is measured here and now, once, for some seconds, and CPU
+            memory keeps its defaults. "off": published figures. Else a file that
+            `triton-offload calibrate --output` wrote, or a `Calibration`.
+        options: sizes of the worker side; what they give, the calibration does not decide.
 
     Every method may be called from any thread. A key (bytes) names one chunk of one group and must
     stand for the same content for ever: engines use a hash of all tokens up to the chunk's end.
@@ -70,6 +77,7 @@ class KVOffloader:
         path: str = "auto",
         policy: str = "lru",
         enable_events: bool = False,
+        calibration: Calibration | str | os.PathLike[str] = "auto",
         options: PipelineOptions | None = None,
     ) -> None:
         self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
@@ -86,11 +94,12 @@ class KVOffloader:
             blocks_per_chunk=blocks_per_chunk,
             enable_events=enable_events,
         )
+        measured = calibration_for(self._layout.device, calibration)
         self._pool = HostPool.allocate(
-            device_for(self._layout.device), num_chunks, self._layout.slot_bytes
+            device_for(self._layout.device, measured), num_chunks, self._layout.slot_bytes
         )
         try:
-            self._queue = transfer_queue(self._layout, self._pool, path, options)
+            self._queue = transfer_queue(self._layout, self._pool, path, options, measured)
         except BaseException:
             self._pool.close()
             raise

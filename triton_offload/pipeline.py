@@ -19,7 +19,6 @@ The ordering rules that every transfer keeps; the code names them where it does:
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,11 +124,7 @@ class Pipeline:
         }
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in self._lanes}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
-        self._backlogged = threading.Condition(self._lock)
-        self._feeder = threading.Thread(
-            target=self._feed, name="triton-offload-feeder", daemon=True
-        )
-        self._feeder.start()
+        self._feeder = self._device.background("triton-offload-feeder", self._feed)
 
     def submit(
         self,
@@ -170,7 +165,7 @@ class Pipeline:
             self._jobs_of_lane[name][job.sequence] = job
             self._pump()
             if any(lane.has_backlog for lane in self._lanes.values()):
-                self._backlogged.notify()
+                self._feeder.wake()
             return job
 
     def cancel(self, job: Job) -> bool:
@@ -187,7 +182,7 @@ class Pipeline:
 
     def wait(self, job: Job, timeout: float | None = None) -> None:
         """Block until the job is finished (ordering rule 10); raises TimeoutError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else self._device.monotonic() + timeout
         while True:
             with self._lock:
                 self._pump()
@@ -215,7 +210,7 @@ class Pipeline:
         Blocks only while part of the job is still in the backlog, for then its last event is not
         recorded yet.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else self._device.monotonic() + timeout
         while True:
             with self._lock:
                 self._pump()
@@ -236,18 +231,17 @@ class Pipeline:
         Idempotent. Raises TimeoutError where the device does not finish; what it still holds then
         stays allocated, and a later call tries again.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else self._device.monotonic() + timeout
         with self._lock:
             if self._stopped:
                 return
             self._closed = True
-            self._backlogged.notify()
             for jobs in self._jobs_of_lane.values():
                 for job in jobs.values():
                     job.lane.cancel(job)
-        self._feeder.join()
+        self._feeder.stop()
         for job in self._unfinished():
-            self.wait(job, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self.wait(job, None if deadline is None else max(0.0, deadline - self._device.monotonic()))
         for lane in self._lanes.values():
             lane.paths.close()
         self._stopped = True
@@ -309,11 +303,11 @@ class Pipeline:
 
     def _block(self, event: object, deadline: float | None, message: str) -> None:
         """Wait for `event`, or a moment where nothing is in flight, with the lock released."""
-        left = None if deadline is None else deadline - time.monotonic()
+        left = None if deadline is None else deadline - self._device.monotonic()
         if left is not None and left <= 0:
             raise TimeoutError(message)
         if event is None:
-            time.sleep(_POLL_SECONDS)
+            self._device.sleep(_POLL_SECONDS)
             return
         try:
             self._device.synchronize(event, left)
@@ -322,17 +316,13 @@ class Pipeline:
         except Exception:
             return  # whose failure it is, `pump` finds out and the job's result tells
 
-    def _feed(self) -> None:
+    def _feed(self) -> float | None:
         """Ordering rule 7: queue the backlog where nobody calls."""
-        while True:
-            with self._lock:
-                if self._closed:
-                    return
-                if not any(lane.has_backlog for lane in self._lanes.values()):
-                    self._backlogged.wait()
-                else:
-                    self._pump()
-            time.sleep(_FEEDER_SECONDS)
+        with self._lock:
+            if not any(lane.has_backlog for lane in self._lanes.values()):
+                return None
+            self._pump()
+            return _FEEDER_SECONDS
 
 
 def _no_marks(run: GroupRun) -> SlotMarks:

@@ -6,9 +6,10 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from triton_offload.calibration import Path
+from triton_offload.calibration import Calibration, Path
 from triton_offload.host_pool import HostPool
 from triton_offload.layout import CacheLayout
 from triton_offload.pipeline import Pipeline, PipelineOptions
@@ -165,19 +166,25 @@ def transfer_queue(
     pool: HostPool,
     path: str = "auto",
     options: PipelineOptions | None = None,
+    calibration: Calibration | None = None,
 ) -> OffloadingQueueManager:
     """A queue manager that stores from and loads into `layout`, with `pool` on the host side.
 
     `path`: "staged", "zero_copy", "copy_engine", or "auto" for the rule. `zero_copy` needs a
-    pinned pool; until that is so, segments are staged.
+    pinned pool; until that is so, segments are staged. `calibration`: the rule, and the size of
+    staging buffers, where `options` does not give them; None: published figures.
     """
     names = [choice.value for choice in Path]
     if path != "auto" and path not in names:
         raise ValueError(f"path: expected one of {['auto', *names]}, got {path!r}")
     if options is None:
         options = PipelineOptions(path=None if path == "auto" else Path(path))
+        if calibration is not None:
+            options = replace(options, buffer_bytes=calibration.buffer_bytes)
     elif path != "auto":
         raise ValueError("path: expected it in `options` where they are given")
+    if calibration is not None and options.paths is None:
+        options = replace(options, paths=calibration.paths)
     pipeline = Pipeline(layout, pool, options)
     manager = OffloadingQueueManager()
     store, load = DeviceWorker(pipeline, Direction.STORE), DeviceWorker(pipeline, Direction.LOAD)

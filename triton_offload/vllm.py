@@ -5,7 +5,8 @@
       "spec_module_path": "triton_offload.vllm", "cpu_bytes_to_use": 8589934592}}'
 
 Every option of vLLM's `CPUOffloadingSpec` applies; `path` ("auto", "staged", "zero_copy" or
-"copy_engine") is ours. The only module of this package that imports vllm at its top.
+"copy_engine") and `calibration` ("auto", "off" or a file) are ours, and mean what they do for
+`KVOffloader`. The only module of this package that imports vllm at its top.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from triton_offload.calibrate import calibration_for
 from triton_offload.device import device_for
 from triton_offload.host_pool import HostPool
 from triton_offload.layout import CacheLayout
@@ -102,10 +104,12 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
             )
         path = self.extra_config.get("path", "auto")
-        device = device_for(layout.device)
+        calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
+        device = device_for(layout.device, calibration)
         if not self._uses_shared_region():
             pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
-            return TritonOffloadingWorker(transfer_queue(layout, pool, path), pool)
+            queue = transfer_queue(layout, pool, path, None, calibration)
+            return TritonOffloadingWorker(queue, pool)
         region = self._create_region()
         try:
             if PIN_MEMORY:
@@ -115,7 +119,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             # The region is pinned in pieces of whole rows, and no copy may straddle two.
             rows = vllm_worker.MAX_HOST_REGISTER_CHUNK_BYTES // self.kv_bytes_per_chunk
             pool.piece_slots = max(1, min(pool.num_slots, rows))
-            return TritonOffloadingWorker(transfer_queue(layout, pool, path), pool, region.cleanup)
+            queue = transfer_queue(layout, pool, path, None, calibration)
+            return TritonOffloadingWorker(queue, pool, region.cleanup)
         except BaseException:
             region.cleanup()
             raise

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from triton_offload.calibration import Calibration
 from triton_offload.device.base import Device, DeviceLostError
 
 
-def device_for(device: torch.device) -> Device:
-    """The seam for tensors on `device`; raises ValueError for a kind that is not supported."""
+def device_for(device: torch.device, calibration: Calibration | None = None) -> Device:
+    """The seam for tensors on `device`, its kernels launched as `calibration` says.
+
+    Raises ValueError for a kind of device that is not supported.
+    """
     if device.type == "cpu":
         from triton_offload.device.host import HostDevice
 
@@ -17,7 +21,7 @@ def device_for(device: torch.device) -> Device:
     if device.type == "cuda":  # torch calls ROCm "cuda" too
         from triton_offload.device.cuda import CUDADevice
 
-        cuda: Device = CUDADevice(device)
+        cuda: Device = CUDADevice(device, calibration)
         return cuda
     raise ValueError(f"device: expected a cpu or cuda tensor, got one on {device}")
 

@@ -12,6 +12,7 @@ that takes a stream only queues and returns. The rules are CUDA's:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,16 @@ class DeviceLostError(RuntimeError):
     """The device reports an error that nothing queued on it will survive."""
 
 
+class Background(Protocol):
+    """A function that the device calls again and again beside its callers."""
+
+    def wake(self) -> None:
+        """Call it soon, if it waits for this."""
+
+    def stop(self) -> None:
+        """Call it no more, and return when no call is under way. Idempotent."""
+
+
 class Device(Protocol):
     """What a transfer asks of a device."""
 
@@ -36,6 +47,18 @@ class Device(Protocol):
     name: str
     #: whether a kernel may read and write registered host memory
     maps_host_memory: bool
+
+    # -- the host's own steps, which a simulation picks like any other --
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never goes back."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let the calling thread pause."""
+
+    def background(self, name: str, step: Callable[[], float | None]) -> Background:
+        """Call `step` on a thread of its own until `stop`: again after the seconds that it
+        returned, or, where it returned None, when woken. It must not raise."""
 
     # -- streams and events --
 

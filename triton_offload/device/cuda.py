@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from triton_offload.calibration import Calibration, LaunchShape, default_calibration
 from triton_offload.device.base import DeviceLostError
+from triton_offload.device.realtime import RealTime
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable, alignment_of
 from triton_offload.specs import Ids
@@ -24,15 +26,20 @@ _REGISTER_PORTABLE_MAPPED = 0x1 | 0x2  # cudaHostRegisterPortable | cudaHostRegi
 _POLL_SECONDS = 0.0001
 
 
-class CUDADevice:
+class CUDADevice(RealTime):
     """See `base.Device`. With unified addressing, registered host memory has one address for the
     host and for kernels."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, calibration: Calibration | None = None) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.maps_host_memory = True
+        launches = calibration or default_calibration("cuda")
+        self._configs = {
+            False: launch_config(launches.staged, zero_copy=False),
+            True: launch_config(launches.zero_copy, zero_copy=True),
+        }
 
     # -- streams and events --
 
@@ -156,7 +163,7 @@ class CUDADevice:
 
     def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
         alignment = alignment_of(slots.data_ptr(), slots.stride(0))
-        pages.prepare(table, alignment)
+        pages.prepare(table, alignment, self._configs[slots.device.type == "cpu"])
 
     def gather(
         self,
@@ -170,7 +177,7 @@ class CUDADevice:
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = pages.choose_config(zero_copy=zero_copy, backend=_backend())
+            config = self._configs[zero_copy]
             pages.launch_gather(table, block_ids, slots, slot_ids, first_block, config)
 
     def scatter(
@@ -185,12 +192,18 @@ class CUDADevice:
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = pages.choose_config(zero_copy=zero_copy, backend=_backend())
+            config = self._configs[zero_copy]
             pages.launch_scatter(table, block_ids, slots, slot_ids, first_block, config)
 
 
-def _backend() -> str:
-    return "hip" if torch.version.hip else "cuda"
+def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.KernelConfig:
+    """The kernels' own configuration, or one of this shape with as many bytes a thread."""
+    own = pages.choose_config(zero_copy=zero_copy, backend="hip" if torch.version.hip else "cuda")
+    if shape is None:
+        return own
+    lanes = 64 if torch.version.hip else 32
+    warps = max(1, shape.warps * 32 // lanes)
+    return pages.KernelConfig(warps, own.tile_bytes // own.warps * warps, shape.programs)
 
 
 def _span_bytes(host: torch.Tensor) -> int:

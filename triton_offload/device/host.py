@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import torch
 
 from triton_offload.device import host_pages
+from triton_offload.device.realtime import RealTime
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
@@ -39,7 +40,7 @@ class _HostEvent:
         self.failure: BaseException | None = None
 
 
-class HostDevice:
+class HostDevice(RealTime):
     """See `base.Device`. Compute on the CPU is done when it returns, so there is no current
     stream; kernels are the torch copies of `host_pages`, and all memory is mapped."""
 

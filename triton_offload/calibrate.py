@@ -1,0 +1,161 @@
+"""Measures a machine, keeps what was found, and finds it again."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
+from triton_offload.calibration_file import Machine, cache_file, load, save
+from triton_offload.device import Device, device_for
+from triton_offload.fitting import Measurement, Measurements, fit, pick
+from triton_offload.machine import identify
+from triton_offload.pipeline import Pipeline, PipelineOptions
+from triton_offload.rig import RIG_BYTES, Rig
+from triton_offload.specs import Direction
+
+Progress = Callable[[int, int], None]  # steps done, of so many
+
+Name = TypeVar("Name")
+
+PAGE_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
+PAGES = (16, 256, 4096)
+# Of one job of small pages; cheapest first: less memory, or fewer CTAs that the model would miss.
+_SMALL_PAGE_BYTES = 16 << 10
+_BUFFER_BYTES = (4 << 20, 8 << 20, 16 << 20, 32 << 20)
+_SHAPES = {
+    Path.STAGED: (LaunchShape(8, 8), None, LaunchShape(32, 8), LaunchShape(32, 4)),
+    Path.ZERO_COPY: (None, LaunchShape(4, 16), LaunchShape(4, 32), LaunchShape(8, 32)),
+}
+_STEPS = len(PAGE_BYTES) + 2
+
+
+def calibration_for(
+    device: torch.device, choice: Calibration | str | os.PathLike[str] = "auto"
+) -> Calibration:
+    """The calibration of `device` that a user chose. May block for seconds, so that it is called
+    where things are built, never while a request waits.
+
+    `choice`: "auto" reads what is kept for this machine. Where that is nothing, a GPU is measured
+    once, which takes some seconds, and the result is kept; CPU memory, where the default is seldom
+    far from the best, is measured by `triton-offload calibrate` only. "off" takes the published
+    figures. Else it is a file that `triton-offload calibrate --output` wrote, or the value itself.
+
+    A file that is broken, or of another machine, is ignored with a warning, and so is a failure to
+    measure or to keep the result. Raises ValueError where the chosen file does not exist.
+    """
+    if isinstance(choice, Calibration):
+        return choice
+    if not isinstance(choice, str | os.PathLike):
+        raise ValueError(f'calibration: expected "auto", "off" or a file, got {choice!r}')
+    default = default_calibration(device.type)
+    if choice == "off":
+        return default
+    machine = identify(device)
+    if choice != "auto":
+        file = pathlib.Path(choice)
+        if not file.is_file():
+            raise ValueError(f'calibration: expected "auto", "off" or a file, got {str(choice)!r}')
+        return load(file, machine) or default
+    try:
+        file = cache_file(machine)
+        found = load(file, machine)
+        if found is None and device.type != "cpu":
+            found = _measure_once(device, machine, file)
+    except Exception as error:  # no memory left, no home to write to: no reason not to start
+        warnings.warn(f"this machine could not be calibrated: {error!r}", stacklevel=2)
+        return default
+    return found or default
+
+
+def calibrate(
+    device: torch.device, progress: Progress | None = None, num_bytes: int = RIG_BYTES
+) -> Calibration:
+    """Measure `device` for some seconds, and fit. `num_bytes`: of the largest job."""
+    measured = measure(device, progress or (lambda done, total: None), num_bytes)
+    return fit(measured, default_calibration(device.type))
+
+
+def measure(device: torch.device, progress: Progress, num_bytes: int) -> Measurements:
+    """Time jobs of up to `num_bytes`: by every path at some page sizes and counts, and of small
+    pages with several launches of the kernels and sizes of the staging buffers."""
+    default = default_calibration(device.type)
+    staged = _by_shape(device, Path.STAGED, num_bytes)
+    zero_copy = _by_shape(device, Path.ZERO_COPY, num_bytes)
+    tuned = replace(
+        default,
+        staged=pick(default.staged, staged),
+        zero_copy=pick(default.zero_copy, zero_copy),
+    )
+    progress(1, _STEPS)
+    paths: list[Measurement] = []
+    for step, page_bytes in enumerate(PAGE_BYTES, 2):
+        paths += _by_path(device_for(device, tuned), page_bytes, num_bytes)
+        progress(step, _STEPS)
+    with Rig(device_for(device, tuned), _SMALL_PAGE_BYTES, num_bytes) as rig:
+        buffers = {
+            size: rig.pipeline(PipelineOptions(path=Path.STAGED, buffer_bytes=size))
+            for size in _BUFFER_BYTES
+        }
+        buffer_bytes = _both_ways(rig, buffers)
+    progress(_STEPS, _STEPS)
+    return Measurements(tuple(paths), buffer_bytes, staged, zero_copy)
+
+
+def _by_path(device: Device, page_bytes: int, num_bytes: int) -> list[Measurement]:
+    with Rig(device, page_bytes, num_bytes) as rig:
+        pipelines = rig.pipelines(PipelineOptions().buffer_bytes)
+        return [
+            Measurement(direction, page_bytes, pages, path, seconds)
+            for direction, pages in itertools.product(Direction, PAGES)
+            if pages <= rig.num_pages
+            for path, seconds in rig.seconds(pipelines, direction, pages).items()
+        ]
+
+
+def _by_shape(
+    device: torch.device, path: Path, num_bytes: int
+) -> tuple[tuple[LaunchShape | None, float], ...]:
+    if device.type == "cpu":
+        return ()
+    default = default_calibration(device.type)
+    with Rig(device_for(device), _SMALL_PAGE_BYTES, num_bytes) as rig:
+        if not rig.takes(path):
+            return ()
+        pipelines: dict[LaunchShape | None, Pipeline] = {}
+        for shape in _SHAPES[path]:
+            launches = (
+                replace(default, staged=shape)
+                if path is Path.STAGED
+                else replace(default, zero_copy=shape)
+            )
+            options = PipelineOptions(path=path)
+            pipelines[shape] = rig.pipeline(options, device_for(device, launches))
+        return _both_ways(rig, pipelines)
+
+
+def _both_ways(rig: Rig, pipelines: Mapping[Name, Pipeline]) -> tuple[tuple[Name, float], ...]:
+    """Seconds of a store and a load of all pages."""
+    store, load = (rig.seconds(pipelines, way, rig.num_pages) for way in Direction)
+    return tuple((name, store[name] + load[name]) for name in store if name in load)
+
+
+def _measure_once(device: torch.device, machine: Machine, file: pathlib.Path) -> Calibration:
+    """Measure and keep it; of several processes (ranks of one engine), which would disturb each
+    other, the first does so, and the rest wait for what it finds."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = load(file, machine)
+        if found is None:
+            found = calibrate(device)
+            save(file, machine, found)
+        return found

@@ -1,0 +1,102 @@
+"""Calibrations kept as JSON, each with the machine that it was measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+
+from triton_offload.calibration import Calibration, LaunchShape, Path, PathRule, PathTable
+from triton_offload.specs import Direction
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """What a calibration holds for: where one of these differs, it does not."""
+
+    card: str
+    driver: str
+    link: str
+    version: str  # of this package
+
+
+def cache_file(machine: Machine) -> pathlib.Path:
+    """Where the machine's calibration is kept: under $XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    key = hashlib.sha256(json.dumps(dataclasses.astuple(machine)).encode()).hexdigest()
+    return pathlib.Path(root) / "triton-offload" / f"calibration-{key[:16]}.json"
+
+
+def dump(machine: Machine, calibration: Calibration) -> str:
+    data = {
+        "format": FORMAT,
+        "machine": dataclasses.asdict(machine),
+        "calibration": dataclasses.asdict(calibration),
+    }
+    return json.dumps(data, indent=2, default=lambda choice: choice.value) + "\n"
+
+
+def parse(text: str) -> tuple[Machine, Calibration]:
+    """What `dump` wrote. Raises ValueError where it is anything else."""
+    try:
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(f"format: expected {FORMAT}, got {data['format']!r}")
+        values = dict(data["calibration"])
+        table = values.pop("paths")
+        rules = [
+            PathRule(
+                Direction(rule["direction"]),
+                rule["min_page_bytes"],
+                rule["min_pages"],
+                Path(rule["path"]),
+            )
+            for rule in table["rules"]
+        ]
+        for name in ("staged", "zero_copy"):
+            values[name] = None if values[name] is None else LaunchShape(**values[name])
+        paths = PathTable(Path(table["default"]), tuple(rules))
+        return Machine(**data["machine"]), Calibration(paths, **values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a calibration in format {FORMAT}, got {error!r}") from error
+
+
+def load(file: pathlib.Path, machine: Machine) -> Calibration | None:
+    """The calibration in `file`; None where there is none, and, with a warning, where the file is
+    broken or of another machine."""
+    try:
+        found, calibration = parse(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"calibration ignored, {file} is broken: {error}", stacklevel=2)
+        return None
+    if found != machine:
+        ours, theirs = dataclasses.asdict(machine), dataclasses.asdict(found)
+        name = next(name for name in ours if ours[name] != theirs[name])
+        warnings.warn(
+            f"calibration ignored, {file} is of another machine: expected {name} {ours[name]!r}, "
+            f"got {theirs[name]!r}",
+            stacklevel=2,
+        )
+        return None
+    return calibration
+
+
+def save(file: pathlib.Path, machine: Machine, calibration: Calibration) -> None:
+    """Write in one step: whoever reads meanwhile sees the old file or the new. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(dump(machine, calibration))
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
