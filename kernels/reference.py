@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from .table import Direction, Ids, PageRow, PageTable, alignment_of, check_run, check_slots
+from .table import (
+    BlockRun,
+    Direction,
+    Ids,
+    PageRow,
+    PageTable,
+    alignment_of,
+    check_run,
+    check_slots,
+)
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -67,16 +76,29 @@ def _transfer(
     if slots.device != table.device:
         raise ValueError(f"slots: expected a tensor on {table.device}, got one on {slots.device}")
     run = check_run(table, block_ids, slots.shape[0], slot_ids, first_block, direction=direction)
-    if run.block_ids.shape[0] == 0:
-        return
+    if run.block_ids.shape[0]:
+        move_run(table, run, views_of(table, slots), direction)
+
+
+def views_of(table: PageTable, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tensor of the table its pages ``[num_blocks, words]`` and their places in the slots
+    ``[num_slots, B, words]``, for any number of ``move_run``."""
+    return [_in_widest_words(row, slots, table.blocks_per_chunk) for row in table.pages]
+
+
+def move_run(
+    table: PageTable,
+    run: BlockRun,
+    views: list[tuple[torch.Tensor, torch.Tensor]],
+    direction: Direction,
+) -> None:
+    """What ``gather_pages`` and ``scatter_pages`` do, for a run that was checked."""
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
     places = run.first_block + torch.arange(blocks.shape[0], device=table.device)
     slot_of_block = chunk_slots[places // table.blocks_per_chunk]
     position_of_block = places % table.blocks_per_chunk
-    for row in table.pages:
-        pages, slot_pages = _in_widest_words(row, slots, table.blocks_per_chunk)
-        # pages: [num_blocks, words]; slot_pages: [num_slots, B, words]
+    for pages, slot_pages in views:
         if direction == "gather":
             slot_pages[slot_of_block, position_of_block] = pages[blocks]
         else:

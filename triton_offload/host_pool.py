@@ -127,7 +127,7 @@ class HostPool:
         while self._registered:
             self.device.unregister(self._registered.pop())
 
-    def _step(self) -> float | None:
+    def _step(self) -> float:
         """One piece more. Whatever goes wrong, the pool is as good as before, but not pinned."""
         try:
             next(self._steps)
@@ -138,7 +138,7 @@ class HostPool:
         else:
             return 0.0
         self._ready = True
-        return None
+        return math.inf
 
     def _prepare(self) -> Iterator[None]:
         """Touch the pages in parallel, then pin piece by piece."""

@@ -16,7 +16,7 @@ import torch
 from triton_offload.calibrate import calibration_for
 from triton_offload.calibration import Calibration
 from triton_offload.chunks import ChunkSpan, pieces_to_store
-from triton_offload.device import device_for
+from triton_offload.device import Device, device_for
 from triton_offload.host_pool import HostPool
 from triton_offload.job import OffloadJob
 from triton_offload.kernels.table import check_ids
@@ -62,6 +62,8 @@ class KVOffloader:
             memory keeps its defaults. "off": published figures. Else a file that
             `triton-offload calibrate --output` wrote, or a `Calibration`.
         options: sizes of the worker side; what they give, the calibration does not decide.
+        device: the seam to transfer by, uncalibrated; None: by where the tensors lie. Tests give a
+            `triton_offload.testing.SimulatedDevice`.
 
     Every method may be called from any thread. A key (bytes) names one chunk of one group and must
     stand for the same content for ever: engines use a hash of all tokens up to the chunk's end.
@@ -79,6 +81,7 @@ class KVOffloader:
         enable_events: bool = False,
         calibration: Calibration | str | os.PathLike[str] = "auto",
         options: PipelineOptions | None = None,
+        device: Device | None = None,
     ) -> None:
         self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
         size = parse_bytes("host_bytes", host_bytes)
@@ -94,9 +97,13 @@ class KVOffloader:
             blocks_per_chunk=blocks_per_chunk,
             enable_events=enable_events,
         )
-        measured = calibration_for(self._layout.device, calibration)
+        measured = None
+        if device is None:
+            measured = calibration_for(self._layout.device, calibration)
         self._pool = HostPool.allocate(
-            device_for(self._layout.device, measured), num_chunks, self._layout.slot_bytes
+            device or device_for(self._layout.device, measured),
+            num_chunks,
+            self._layout.slot_bytes,
         )
         try:
             self._queue = transfer_queue(self._layout, self._pool, path, options, measured)

@@ -93,6 +93,9 @@ def _adjacent(
 
 
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
+    if a.numel() <= SLICE_BYTES:  # two splits cost its caller more than the rest of the copy
+        yield a, b
+        return
     rows = max(1, SLICE_BYTES // a.shape[1])
     for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
         yield from zip(

@@ -84,6 +84,10 @@ class Pipeline:
         table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
         if options.path is not None:
             table = PathTable(options.path)
+        # [group, holder]: whether a store of a whole chunk of the group leaves no byte of what the
+        # slot held.
+        edges = np.tile(np.array([False, True]), (len(layout.groups), 1))
+        self._overwrites = np.hstack([~layout.leaves_stale, edges])
         # The group whose chunk each slot holds, or one of the two below.
         self._holder = np.full(pool.num_slots, _ZEROS, dtype=np.int32)
         names = {
@@ -241,7 +245,9 @@ class Pipeline:
                     job.lane.cancel(job)
         self._feeder.stop()
         for job in self._unfinished():
-            self.wait(job, None if deadline is None else max(0.0, deadline - self._device.monotonic()))
+            self.wait(
+                job, None if deadline is None else max(0.0, deadline - self._device.monotonic())
+            )
         for lane in self._lanes.values():
             lane.paths.close()
         self._stopped = True
@@ -280,8 +286,7 @@ class Pipeline:
         group, partial = run.group.index, run.partial_chunks()
         holder = self._holder[run.slot_ids]
         fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
-        overwrites = np.append(~self.layout.leaves_stale[group], [False, True])
-        stale = np.flatnonzero(fresh & ~overwrites[holder])
+        stale = np.flatnonzero(fresh & ~self._overwrites[group, holder])
         alone = fresh | (holder == _ZEROS) | (holder == group)
         self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
         return SlotMarks(

@@ -58,7 +58,8 @@ class Device(Protocol):
 
     def background(self, name: str, step: Callable[[], float | None]) -> Background:
         """Call `step` on a thread of its own until `stop`: again after the seconds that it
-        returned, or, where it returned None, when woken. It must not raise."""
+        returned, or, where it returned None, when woken; after `math.inf` seconds means never, and
+        the thread ends. It must not raise."""
 
     # -- streams and events --
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -46,5 +47,7 @@ class BackgroundThread:
             seconds = self._step()
             if seconds is None:
                 self._woken.wait()
+            elif seconds == math.inf:
+                return
             else:
                 self._stopped.wait(seconds)

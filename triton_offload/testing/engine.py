@@ -1,0 +1,179 @@
+"""A serving engine's use of its pages, for simulations: it computes, offloads, loads and reuses.
+
+Requests come, their pages are written (prefill) and read (decode), and are given to others the
+moment that they may be. Beside the memory stands a model of it: the bytes as they must be once
+everything that was queued so far has run, whatever the order. Kernels of the engine compare what
+they read with the model, when they run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triton_offload.host_pool import HostPool
+from triton_offload.layout import CacheLayout
+from triton_offload.specs import Ids
+from triton_offload.testing.simulated import SimulatedDevice
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Bytes of a small cache. `tensors`: (page bytes, bytes from page to page) each. `groups`:
+    (tensor, page bytes) of each group's pages, as for `CacheLayout`; None: one group of all.
+    `row_gap`: bytes between two slots of the pool."""
+
+    tensors: Sequence[tuple[int, int]] = ((16, 16), (8, 12))
+    blocks_per_chunk: int = 2
+    groups: Sequence[Sequence[tuple[int, int]]] | None = None
+    num_blocks: int = 24
+    num_slots: int = 12
+    row_gap: int = 0
+
+
+class EngineMemory:
+    """A cache and a pool on the simulated device, and what must be in them."""
+
+    def __init__(self, device: SimulatedDevice, shape: CacheShape, *, pinned: bool = True) -> None:
+        self.device = device
+        self.shape = shape
+        starts = np.cumsum([0, *(stride * shape.num_blocks + 16 for _, stride in shape.tensors)])
+        memory = device.empty(int(starts[-1]))
+        self.tensors = [
+            memory.as_strided((shape.num_blocks, page), (stride, 1), int(start))
+            for (page, stride), start in zip(shape.tensors, starts, strict=False)
+        ]
+        self.layout = CacheLayout(self.tensors, shape.blocks_per_chunk, shape.groups)
+        rows = torch.zeros(
+            (shape.num_slots, self.layout.slot_bytes + shape.row_gap), dtype=torch.uint8
+        )
+        if pinned:
+            device.register(rows)
+        self.pool = HostPool.from_tensor(device, rows[:, : self.layout.slot_bytes], pinned=pinned)
+        self._rows = rows.numpy()
+        self._memory = memory.numpy()
+        #: the bytes of the cache, and of the pool, when all that is queued has run
+        self.cache = self._memory.copy()
+        self.slots = self._rows.copy()
+        members = shape.groups or [[(i, page) for i, (page, _) in enumerate(shape.tensors)]]
+        padded = [page for page, _ in shape.tensors]
+        blocks = np.arange(shape.num_blocks)[:, None]
+        places = np.arange(shape.blocks_per_chunk)[:, None]
+        # By group, [block or position, bytes]: where its pages lie in the cache, and in a slot.
+        self._pages: list[Ids] = []
+        self._within: list[Ids] = []
+        for group in members:
+            pages = [
+                starts[i] + blocks * shape.tensors[i][1] + np.arange(size) for i, size in group
+            ]
+            within = [
+                shape.blocks_per_chunk * sum(padded[:i]) + places * padded[i] + np.arange(size)
+                for i, size in group
+            ]
+            self._pages.append(np.concatenate(pages, axis=1))
+            self._within.append(np.concatenate(within, axis=1))
+        self.wrong: list[str] = []
+
+    # -- the engine's kernels --
+
+    def write(self, group: int, blocks: Sequence[int], rng: random.Random) -> None:
+        """Queue a kernel that writes the blocks' pages: prefill, or zeroing."""
+        cells = self._pages[group][list(blocks)]
+        pattern = np.arange(cells.size, dtype=np.uint8).reshape(cells.shape)
+        values = pattern * rng.randrange(256) + np.uint8(rng.randrange(256))
+        self.cache[cells] = values
+        memory = self._memory
+
+        def run() -> None:
+            memory[cells] = values
+
+        self._launch("engine writes", group, blocks, run, writes=True)
+
+    def read(self, group: int, blocks: Sequence[int]) -> None:
+        """Queue a kernel that reads the blocks' pages, and compares."""
+        cells = self._pages[group][list(blocks)]
+        expected = self.cache[cells]
+        memory, wrong = self._memory, self.wrong
+
+        def run() -> None:
+            found = memory[cells]
+            if not np.array_equal(found, expected):
+                bad = [
+                    block
+                    for block, a, b in zip(blocks, found, expected, strict=True)
+                    if not np.array_equal(a, b)
+                ]
+                wrong.append(f"blocks {bad} of group {group}: expected other bytes")
+
+        self._launch("engine reads", group, blocks, run, writes=False)
+
+    # -- what a transfer does to the model, when it is submitted --
+
+    def model_store(
+        self, group: int, blocks: Ids, slot_ids: Ids, first: int, fresh: npt.NDArray[np.bool_]
+    ) -> None:
+        self.slots[slot_ids[fresh], : self.layout.slot_bytes] = 0
+        chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
+        self.slots[slot_ids[chunk][:, None], self._within[group][position]] = self.cache[
+            self._pages[group][blocks]
+        ]
+
+    def model_load(self, group: int, blocks: Ids, slot_ids: Ids, first: int) -> None:
+        chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
+        self.cache[self._pages[group][blocks]] = self.slots[
+            slot_ids[chunk][:, None], self._within[group][position]
+        ]
+
+    def snapshot(self, group: int, blocks: Ids) -> Bytes:
+        """The model's bytes of these blocks, for `restore` where a load was taken back."""
+        return self.cache[self._pages[group][blocks]]
+
+    def restore(self, group: int, blocks: Ids, saved: Bytes) -> None:
+        self.cache[self._pages[group][blocks]] = saved
+
+    # -- comparing --
+
+    def check_reads(self) -> None:
+        assert not self.wrong, self.wrong[:3]
+
+    def check_all(self) -> None:
+        """Every byte of cache and pool, gaps included. Everything queued must have run."""
+        self.check_reads()
+        for name, found, expected in (
+            ("cache", self._memory, self.cache),
+            ("pool", self._rows.ravel(), self.slots.ravel()),
+        ):
+            bad = np.flatnonzero(found != expected)
+            assert not len(bad), f"{name}: {len(bad)} wrong bytes, the first at {bad[0]}"
+
+    def host_reads(self, slot_ids: Sequence[int]) -> None:
+        """The host looks at slots, which must hold what the model says."""
+        for slot in slot_ids:
+            self.device.touch(reads=[self.pool.slots[slot]])
+            assert np.array_equal(self._rows[slot], self.slots[slot]), f"slot {slot}: wrong bytes"
+
+    def _launch(
+        self,
+        name: str,
+        group: int,
+        blocks: Sequence[int],
+        run: Callable[[], None],
+        *,
+        writes: bool,
+    ) -> None:
+        table = self.layout.groups[group].table
+        pages = [self.device.pages_of(table, np.asarray(blocks, dtype=np.int64))]
+        self.device.launch(
+            name,
+            self.device.compute_stream,
+            reads=[] if writes else pages,
+            writes=pages if writes else [],
+            run=run,
+        )

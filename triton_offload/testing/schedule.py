@@ -1,0 +1,213 @@
+"""What is queued on the simulated device, and which of it runs next.
+
+An operation may run when every operation that it follows has: its predecessor on the stream, and
+the records that the stream was told to wait for. Any such operation may be next; an `Order`
+chooses. Times are virtual: an operation starts when what it follows has ended and the engine that
+it needs is free.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from triton_offload.testing.races import Clock
+
+if TYPE_CHECKING:
+    from triton_offload.testing.simulation import Record
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A queue of operations that run in order. `index`: its component of every vector clock."""
+
+    name: str
+    index: int
+    clock: Clock  # what its operations know to be over
+    blocking: bool = False  # synchronises with the legacy stream
+    learned: int = -1  # how much of the host's knowledge its clock holds
+    last: Operation | None = None
+    pending: int = 0
+    closed: bool = False
+    failure: BaseException | None = None  # since the last record that ran
+    served: float = 0.0  # when a copy engine last served it
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """Runs one operation at a time: the copy engine of one direction."""
+
+    name: str
+    free: float = 0.0
+    busy: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One thing that is queued on a stream.
+
+    `number` counts operations in the order of submission. `run` moves the bytes; `record` is set
+    where it is the record of an event. `reached` is the time at which all that it follows had
+    ended; `start` and `end` are set when it runs.
+    """
+
+    number: int
+    kind: str
+    stream: Stream
+    submitted: float
+    detail: object = ""
+    run: Callable[[], object] | None = None
+    record: Record | None = None
+    engine: Engine | None = None
+    seconds: float = 0.0
+    waits_for: int = 0
+    followers: list[Operation] = field(default_factory=list)
+    done: bool = False
+    hangs: bool = False
+    reached: float = 0.0
+    start: float = 0.0
+    end: float = 0.0
+
+    def __str__(self) -> str:
+        detail = f" of {self.detail}" if self.detail else ""
+        return f"#{self.number} {self.kind}{detail} on {self.stream.name}"
+
+
+class Order(Protocol):
+    """Chooses among operations that may run."""
+
+    def pick(self, ready: list[Operation]) -> int:
+        """The index of the next one in `ready`, which is not empty."""
+
+
+class RandomOrder:
+    """Any order, by a seed.
+
+    Uniform choices alone rarely delay one stream for long, which is what most faults need. So a
+    seed also draws, half of the time, a rank for every stream, and the lowest goes first until
+    the ranks are drawn anew.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._ranked = rng.random() < 0.5
+        self._ranks: dict[int, float] = {}
+
+    def pick(self, ready: list[Operation]) -> int:
+        if len(ready) == 1:
+            return 0
+        rng = self._rng
+        if not self._ranked:
+            return int(rng.random() * len(ready))
+        if rng.random() < 0.02:
+            self._ranks.clear()
+        best, rank = 0, 2.0
+        for i, operation in enumerate(ready):
+            mine = self._ranks.get(operation.stream.index)
+            if mine is None:
+                mine = self._ranks[operation.stream.index] = rng.random()
+            if mine < rank:
+                best, rank = i, mine
+        return best
+
+
+class TimeOrder:
+    """The earliest first; streams that want one copy engine are served in turn, or first in,
+    first out: CUDA promises neither."""
+
+    def __init__(self, in_turn: bool) -> None:
+        self._in_turn = in_turn
+
+    def pick(self, ready: list[Operation]) -> int:
+        return min(range(len(ready)), key=lambda i: self._key(ready[i]))
+
+    def _key(self, operation: Operation) -> tuple[float, float, int]:
+        first_in = operation.stream.served if self._in_turn else operation.reached
+        return earliest_start(operation), first_in, operation.number
+
+
+def earliest_start(operation: Operation) -> float:
+    engine = operation.engine
+    return operation.reached if engine is None else max(operation.reached, engine.free)
+
+
+class Schedule:
+    """Operations that are queued, and those of them that may run."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.ready: list[Operation] = []
+        self.num_run = 0
+        self.num_submitted = 0
+
+    def submit(self, operation: Operation, follows: Sequence[Operation]) -> None:
+        """Queue behind the stream's last operation and those in `follows`."""
+        stream = operation.stream
+        operation.reached = operation.submitted
+        before = stream.last
+        if before is not None:
+            self._follow(operation, before)
+        for other in follows:
+            self._follow(operation, other)
+        stream.last = operation
+        stream.pending += 1
+        self.num_submitted += 1
+        if not operation.waits_for and not operation.hangs:
+            self.ready.append(operation)
+
+    def step(self) -> Operation:
+        """Run the operation that the order picks; `ready` must not be empty."""
+        ready = self.ready
+        index = self.order.pick(ready)
+        operation = ready[index]
+        ready[index] = ready[-1]
+        ready.pop()
+        operation.start = earliest_start(operation)
+        operation.end = operation.start + operation.seconds
+        engine = operation.engine
+        if engine is not None:
+            engine.free = operation.end
+            engine.busy += operation.seconds
+            operation.stream.served = operation.end
+        run = operation.run
+        if run is not None:
+            operation.run = None
+            try:
+                run()
+            except Exception as error:  # the next record of the stream hands it on
+                operation.stream.failure = operation.stream.failure or error
+        self._finish(operation)
+        return operation
+
+    def abandon(self) -> None:
+        """Drop everything queued: the device is lost."""
+        for operation in self.ready:
+            operation.run = None
+        while self.ready:
+            operation = self.ready.pop()
+            operation.run = None
+            self._finish(operation, run=False)
+
+    @staticmethod
+    def _follow(operation: Operation, before: Operation) -> None:
+        if before.done:
+            operation.reached = max(operation.reached, before.end)
+        else:
+            operation.waits_for += 1
+            before.followers.append(operation)
+
+    def _finish(self, operation: Operation, *, run: bool = True) -> None:
+        operation.done = True
+        operation.stream.pending -= 1
+        self.num_run += run
+        for follower in operation.followers:
+            follower.reached = max(follower.reached, operation.end)
+            follower.waits_for -= 1
+            if not follower.waits_for and not follower.hangs:
+                self.ready.append(follower)
+        operation.followers.clear()
