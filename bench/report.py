@@ -1,0 +1,377 @@
+"""The report of a run: Markdown tables and the plots beside them.
+
+    python bench/run.py --report-only        # from the JSON of an earlier run
+
+Every figure is a median of this run. What was not measured is listed, with why.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from report_gpu import gpu_sections
+from results import (
+    Record,
+    Results,
+    contenders_in,
+    crossover,
+    size_name,
+    slope,
+    time_name,
+)
+from tables import heading, image, table
+
+PLANNING_SECONDS = 0.3e-3
+PLANNING_RATIO = 10.0
+PLANNING_JOB = (8192, 80)
+
+
+def build(results: Results, plots: Sequence[Path]) -> str:
+    """The whole report. `plots`: PNG files that lie beside it."""
+    drawn = {path.stem: path.name for path in plots}
+    parts = [
+        "# Benchmarks of triton-offload\n",
+        what_this_is(results),
+        machine(results),
+        promises(results),
+        transfers(results, drawn),
+        *gpu_sections(results, drawn),
+        interference(results, drawn),
+        host(results, drawn),
+        static(results),
+        managers(results),
+        not_measured(results),
+    ]
+    text = "\n".join(part for part in parts if part)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def what_this_is(results: Results) -> str:
+    if results.on_gpu:
+        return (
+            f"Measured on {results.facts.get('GPU', 'a GPU')}, in {results.seconds:.0f} s. "
+            "Times of transfers run from submission to the last byte, with cold caches, in turn "
+            "with one pinned copy of the same bytes: *limit* is what that copy reached.\n"
+        )
+    return (
+        f"**No GPU was here: what moved, moved in CPU memory (the host device).** No figure below "
+        f"says how fast a GPU's link is used. Measured in {results.seconds:.0f} s. Times of "
+        "transfers run from submission to the last byte, with cold caches, in turn with one plain "
+        "copy of the same bytes: *limit* is what that copy reached.\n"
+    )
+
+
+def machine(results: Results) -> str:
+    load = results.facts.get("load average at the end", "").split()
+    cores = float(results.facts.get("cores", 0) or 0)
+    busy = ""
+    if not results.on_gpu and load and cores and float(load[1]) > 1.2 * cores:
+        busy = (
+            f"\nOther programs were running: the load average was {load[1]} on {cores:.0f} cores. "
+            "Times and ratios carry that, those of small jobs most: run it again when it is idle.\n"
+        )
+    return heading("Machine") + table(["", ""], results.facts.items()) + busy
+
+
+def promises(results: Results) -> str:
+    """What the project says of itself, and whether this run shows it."""
+    rows = []
+    blocks, tensors = PLANNING_JOB
+    job = f"planning {blocks:,} blocks x {tensors} tensors"
+    for record in results.of("planning", blocks=blocks, tensors=tensors):
+        met = _met(record.seconds < PLANNING_SECONDS)
+        rows.append([job, f"< {time_name(PLANNING_SECONDS)}", time_name(record.seconds), met])
+        ratio = record.get("ratio")
+        if ratio is not None:
+            met = _met(ratio >= PLANNING_RATIO)
+            rows.append([f"{job}: vLLM's time over ours", ">= 10", f"{ratio:.1f}", met])
+    code = results.of("static")
+    ours = [r for r in code if r["kernel"] != "vLLM's"]
+    if ours:
+        stack = max(r["stack_bytes"] for r in ours)
+        rows.append(["stack of any kernel, any target", "0", f"{stack}", _met(stack == 0)])
+        wide = [r for r in ours if r["name"].startswith("zero copy, pages of 4 KiB")]
+        least = min(r["access_bytes"] for r in wide)
+        rows.append(["access of aligned pages", "16 bytes", f"{least} bytes", _met(least == 16)])
+    if not rows:
+        return ""
+    return heading("Promises") + table(["what", "wanted", "measured", ""], rows)
+
+
+def transfers(results: Results, drawn: dict[str, str]) -> str:
+    records = results.of("transfer")
+    if not records:
+        return ""
+    limit = "one pinned copy" if results.on_gpu else "one plain copy"
+    parts = [
+        heading("Transfers"),
+        f"GB/s, and in brackets the share of {limit} of the same bytes. Blocks are scattered, "
+        "slots adjacent."
+        + ("" if results.on_gpu else " On the CPU the copy engine is a memmove for every page.")
+        + "\n",
+        image(drawn, "bandwidth"),
+        image(drawn, "crossover"),
+    ]
+    for direction in ("store", "load"):
+        mine = [record for record in records if record["direction"] == direction]
+        parts.append(heading(f"{direction}, alone", 3) + _grid(mine))
+        rows = [
+            [
+                size_name(size),
+                f"{pages:,}",
+                winner.path,
+                f"{winner.gb_per_s:.3g}",
+                "-" if winner.gain is None else f"{winner.gain:.2f}",
+            ]
+            for (size, pages), winner in crossover(mine).items()
+        ]
+        parts.append(
+            table(["page", "pages", "fastest of our paths", "GB/s", "over the next"], rows)
+        )
+    parts.append(_more_transfers(results))
+    return "\n".join(parts)
+
+
+def _more_transfers(results: Results) -> str:
+    parts = []
+    both = results.of("both at once")
+    if both:
+        parts += [
+            heading("Both directions at once", 3),
+            "GB/s of both together; the limit is two plain copies, one each way.\n",
+            _grid(both),
+        ]
+    slots = results.of("slots")
+    for name, words in (
+        ("recycled", "Slots as a list of free ones hands them out: last in, first out"),
+        ("ranks", "The same in rows that four ranks share"),
+    ):
+        mine = [record for record in slots if record["slots"] == name]
+        for direction in ("store", "load"):
+            chosen = [record for record in mine if record["direction"] == direction]
+            if chosen:
+                parts += [heading(f"{words}, {direction}", 3), _grid(chosen)]
+    groups = results.of("groups")
+    for direction in ("store", "load"):
+        chosen = [record for record in groups if record["direction"] == direction]
+        if chosen:
+            parts += [
+                heading(f"A group that covers an eighth of its slots, {direction}", 3),
+                "Page bytes of the group a second. *whole slots*: one plain copy of all slots, "
+                "eight times the bytes, counted as the group's.\n",
+                _grid(chosen),
+            ]
+    return "\n".join(parts)
+
+
+def _grid(records: Sequence[Record]) -> str:
+    """A row for each job. The limit is the median over all that were timed beside it."""
+    names = contenders_in(records)
+    points = sorted({(record["page_bytes"], record["pages"]) for record in records})
+    rows = []
+    for size, pages in points:
+        here = [r for r in records if (r["page_bytes"], r["pages"]) == (size, pages)]
+        limit = statistics.median(record["limit_gb_per_s"] for record in here)
+        speeds = {record["contender"]: record["gb_per_s"] for record in here}
+        cells = [
+            f"{speeds[name]:.3g} ({speeds[name] / limit:.2f})" if name in speeds else "-"
+            for name in names
+        ]
+        rows.append([size_name(size), f"{pages:,}", f"{limit:.3g}", *cells])
+    return table(["page", "pages", "limit", *names], rows)
+
+
+def interference(results: Results, drawn: dict[str, str]) -> str:
+    records = results.of("interference")
+    if not records:
+        return ""
+    where = "GPU" if results.on_gpu else "CPU's cores and memory"
+    rows = [
+        [
+            record["model"],
+            record["direction"],
+            record["contender"],
+            time_name(record["alone_seconds"]),
+            time_name(record["beside_seconds"]),
+            f"{record['slowdown']:.2f}",
+            f"{100 * record['share']:.0f} %",
+            f"{record['transfer_alone_gb_per_s']:.3g} -> {record['transfer_gb_per_s']:.3g}",
+        ]
+        for record in sorted(records, key=lambda r: (r["model"], r["direction"]))
+    ]
+    columns = ["model", "beside", "by", "alone", "beside it", "slowdown", "share", "GB/s"]
+    return "\n".join(
+        [
+            heading("A model beside transfers"),
+            f"Both share the {where}. *share*: of the model's speed, what the transfers take. "
+            "*GB/s*: of the transfers, alone and beside the model.\n",
+            image(drawn, "interference"),
+            table(columns, rows),
+        ]
+    )
+
+
+def host(results: Results, drawn: dict[str, str]) -> str:
+    """Planning, submission, launches, polling, pools."""
+    parts = [_planning(results, drawn), _submission(results)]
+    small = [
+        [f"`get_finished`, {r['jobs']} jobs in flight", time_name(r.seconds)]
+        for r in results.of("polling")
+    ]
+    small += [
+        [f"launch of a gather, {r['name']}", time_name(r.seconds)] for r in results.of("launch")
+    ]
+    if small:
+        parts.append(heading("Polling and launching", 3) + table(["call", "time"], small))
+    pools = [
+        [
+            size_name(r["bytes"]),
+            time_name(r["usable_seconds"]),
+            f"{time_name(r.seconds)} ({r.seconds / r['bytes'] * 1e9:.2f} s a GB)",
+            time_name(r["close_seconds"]),
+            time_name(r["torch_seconds"]),
+        ]
+        for r in results.of("pool")
+    ]
+    if pools:
+        pinned = results.of("pool")[0]["pinned"]
+        columns = ["size", "usable after", f"touched{' and pinned' * pinned} after", "closed in"]
+        parts.append(
+            heading("Starting a host pool", 3)
+            + table([*columns, f"torch, filled{' and pinned' * pinned}"], pools)
+        )
+    body = "\n".join(part for part in parts if part)
+    return heading("The host's part") + body if body else ""
+
+
+def _planning(results: Results, drawn: dict[str, str]) -> str:
+    rows = []
+    for r in results.of("planning"):
+        peer = r.get("peer_seconds")
+        theirs = [time_name(peer), f"{r['ratio']:.1f}"] if peer else ["-", "-"]
+        rows.append([f"{r['blocks']:,}", str(r["tensors"]), time_name(r.seconds), *theirs])
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            heading("Planning a job", 3),
+            "Ids checked, runs cut into segments; vLLM's fills a descriptor for each page.\n",
+            image(drawn, "planning"),
+            table(["blocks", "tensors", "ours", "vLLM's", "times ours"], rows),
+        ]
+    )
+
+
+def _submission(results: Results) -> str:
+    records = results.of("submission")
+    if not records:
+        return ""
+    rows = [
+        [
+            f"{r['blocks']:,}",
+            str(r["tensors"]),
+            r["path"],
+            r["slots"],
+            f"{r['segments']:,}",
+            time_name(r.seconds),
+        ]
+        for r in records
+    ]
+    # Jobs of one tensor count, so that planning is the same but for the blocks.
+    segments = _slope_of(records, "segments", slots="adjacent", path="staged")
+    chunks = _slope_of(records, "blocks", slots="scattered", path="staged")
+    fitted = ""
+    if segments is not None:
+        fitted += f"By a line through these: {time_name(segments)} for each further segment"
+        fitted += "" if chunks is None else f", {time_name(chunks)} for each further scattered slot"
+        fitted += " (staged; a lane queues a bounded number of operations, the rest follows).\n"
+    if not results.on_gpu:
+        fitted += (
+            "The host device's streams are threads: they take their share of the cores here.\n"
+        )
+    columns = ["blocks", "tensors", "path", "slots", "segments", "`transfer_async`"]
+    return heading("Submitting a job", 3) + table(columns, rows) + "\n" + fitted
+
+
+def _slope_of(records: Iterable[Record], units: str, **facts: str) -> float | None:
+    """Of jobs that a lane queues at once: more than 512 scattered slots are not."""
+    chosen = [
+        record
+        for record in records
+        if all(record.get(name) == value for name, value in facts.items())
+        and (facts["slots"] == "adjacent" or record["blocks"] <= 512)
+    ]
+    return slope([(record[units], record.seconds) for record in chosen])
+
+
+def static(results: Results) -> str:
+    records = results.of("static")
+    if not records:
+        return ""
+    targets = list(dict.fromkeys(record["target"] for record in records))
+    rows = []
+    for kernel, name in dict.fromkeys((r["kernel"], r["name"]) for r in records):
+        row = [kernel, name]
+        for target in targets:
+            found = [
+                r for r in results.of("static", kernel=kernel, name=name) if r["target"] == target
+            ]
+            row.append(_code(found[0]) if found else "-")
+        rows.append(row)
+    return "\n".join(
+        [
+            heading("Kernels, compiled ahead of time"),
+            "Bytes of an access / KiB in flight a CTA / registers of a thread / bytes of stack.\n",
+            table(["kernel", "configuration", *targets], rows),
+        ]
+    )
+
+
+def _code(record: Record) -> str:
+    flight = record["in_flight_bytes"] / 1024
+    return (
+        f"{record['access_bytes']} / {flight:.0f} / {record['registers']} / {record['stack_bytes']}"
+    )
+
+
+def managers(results: Results) -> str:
+    """Ours and vLLM's on the same requests, from the suite that names them in its test ids."""
+    rows = []
+    for record in results.records:
+        speed = record.get("operations_per_second")
+        if speed:
+            whose = "vLLM's" if "peer" in record["test"] else "ours"
+            rows.append([record["group"], whose, f"{speed / 1e6:.2f} M"])
+    if not rows:
+        return ""
+    columns = ["policy and pool", "whose", "operations a second"]
+    return heading("Manager, on an hour of real requests") + table(columns, rows)
+
+
+def not_measured(results: Results) -> str:
+    """What was skipped and why, what failed, and what no run of this kind can say."""
+    rows = [
+        [suite, reason, str(count)]
+        for suite, reasons in results.skipped.items()
+        for reason, count in reasons.most_common()
+    ]
+    parts = [heading("Not measured in this run")]
+    if not results.on_gpu:
+        parts.append(
+            "Everything that needs a GPU: the kernels' bandwidth, transfers over the link by "
+            "every path, vLLM's worker, batched copies, what transfers cost a model on the GPU, "
+            "how the copy engine arbitrates, launches, and pinning. `make bench-gpu` measures "
+            "them on a machine that has one.\n"
+        )
+    if rows:
+        parts.append(table(["suite", "reason", "benchmarks"], rows))
+    if results.failed:
+        parts.append("**Failed:**\n\n" + "".join(f"- `{name}`\n" for name in results.failed))
+    return "\n".join(parts)
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "**not met**"

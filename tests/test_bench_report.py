@@ -1,0 +1,383 @@
+"""The parts of the benchmark that measure nothing: the report, and what it concludes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+import run
+import torch
+from arbitration import Arbitration, WindowTrial, infer_arbitration, windows_that_suffice
+from peers import PACK_VARIABLE, pack_environment
+from results import Record, Results, crossover, largest_jobs, size_name, slope, time_name
+from tables import table
+from timing import EventClock, rounds_for
+from world import World, jobs, recycled_slots
+
+from triton_offload.specs import Direction
+
+KIB = 1 << 10
+
+
+def record(kind: str, seconds: float = 0.001, device: str = "host device", **facts: Any) -> Record:
+    return Record("suite", seconds, seconds, {"kind": kind, "device": device, **facts})
+
+
+def transfer(contender: str, gb_per_s: float, page_bytes: int, pages: int, **facts: Any) -> Record:
+    facts = {"direction": "store", "slots": "adjacent", "limit_gb_per_s": 50.0, **facts}
+    return record(
+        facts.pop("kind", "transfer"),
+        contender=contender,
+        gb_per_s=gb_per_s,
+        page_bytes=page_bytes,
+        pages=pages,
+        ratio=gb_per_s / 50.0,
+        **facts,
+    )
+
+
+def gpu_results() -> Results:
+    """Made up: one record or two of every kind."""
+    gpu = {"device": "gpu"}
+    records = [
+        transfer(name, speed, size, pages, direction=direction, **gpu)
+        for direction in ("store", "load")
+        for size, pages, speeds in (
+            (4 * KIB, 4096, (40.0, 20.0, 5.0)),
+            (64 * KIB, 16, (10.0, 12.0, 11.0)),
+        )
+        for name, speed in zip(("staged", "zero_copy", "copy_engine"), speeds, strict=True)
+    ]
+    records += [
+        transfer("vLLM", 7.0, 4 * KIB, 4096, **gpu),
+        transfer("staged", 70.0, 4 * KIB, 4096, kind="both at once", direction="store and load"),
+        transfer("staged", 30.0, 4 * KIB, 4096, kind="slots", slots="recycled"),
+        transfer("staged", 20.0, 4 * KIB, 4096, kind="slots", slots="ranks"),
+        transfer("whole slots", 6.0, 4 * KIB, 512, kind="groups", slots="groups"),
+        record("planning", 0.0002, blocks=8192, tensors=80, peer_seconds=0.004, ratio=20.0),
+        record("planning", 0.0001, blocks=8, tensors=80),
+        record(
+            "submission",
+            0.001,
+            blocks=8,
+            tensors=80,
+            path="staged",
+            slots="adjacent",
+            segments=1,
+        ),
+        record(
+            "submission",
+            0.003,
+            blocks=8192,
+            tensors=80,
+            path="staged",
+            slots="adjacent",
+            segments=41,
+        ),
+        record("polling", 5e-6, jobs=0),
+        record("launch", 4e-6, name="staged"),
+        record(
+            "pool",
+            2.0,
+            bytes=1 << 30,
+            usable_seconds=0.001,
+            close_seconds=0.1,
+            torch_seconds=4.0,
+            pinned=True,
+        ),
+        record(
+            "interference",
+            contender="staged",
+            model="decode",
+            direction="load",
+            alone_seconds=0.001,
+            beside_seconds=0.0012,
+            slowdown=1.2,
+            share=1 / 6,
+            transfer_gb_per_s=40.0,
+            transfer_alone_gb_per_s=50.0,
+        ),
+        record(
+            "kernel", name="gather", page_bytes=512, pages=16, gb_per_s=900.0, gb_per_s_per_cta=60.0
+        ),
+        record(
+            "ctas",
+            name="gather",
+            memory="device memory",
+            page_bytes=512,
+            ctas=16,
+            gb_per_s=900.0,
+        ),
+        record(
+            "small copy",
+            window_bytes=None,
+            alone_seconds=1e-5,
+            during_seconds=[0.02, 0.05],
+            load_seconds=0.08,
+            load_gb_per_s=50.0,
+            slice_seconds=1.6e-4,
+        ),
+        record(
+            "small copy",
+            window_bytes=16 << 20,
+            alone_seconds=1e-5,
+            during_seconds=[2e-4, 3e-4],
+            load_seconds=0.09,
+            load_gb_per_s=45.0,
+            slice_seconds=1.6e-4,
+        ),
+        record(
+            "scatter latency",
+            priority=-1,
+            alone_seconds=1e-5,
+            behind_seconds=2e-5,
+            longest_seconds=3e-5,
+            product_seconds=1e-3,
+        ),
+        record(
+            "static",
+            kernel="gather",
+            name="zero copy, pages of 4 KiB",
+            target="sm_90",
+            access_bytes=16,
+            in_flight_bytes=128 * KIB,
+            registers=62,
+            stack_bytes=0,
+        ),
+        Record(
+            "manager",
+            1.0,
+            1.0,
+            {"operations_per_second": 5e5, "group": "lru", "test": "test[lru-peer]"},
+        ),
+    ]
+    facts = {"GPU": "NVIDIA Example", "cores": "16", "load average at the end": "1.0 1.0 1.0"}
+    return Results(tuple(records), facts, seconds=300.0)
+
+
+def test_the_fastest_path_of_each_job_and_its_lead() -> None:
+    winners = crossover(
+        [
+            transfer("staged", 40.0, 4 * KIB, 256),
+            transfer("zero_copy", 20.0, 4 * KIB, 256),
+            transfer("vLLM", 99.0, 4 * KIB, 256),  # a peer is no path of ours
+            transfer("copy_engine", 5.0, 64 * KIB, 16),
+        ]
+    )
+    first, only = winners[4 * KIB, 256], winners[64 * KIB, 16]
+    assert (first.path, first.gb_per_s, first.gain) == ("staged", 40.0, 2.0)
+    assert (only.path, only.gain) == ("copy_engine", None)
+
+
+def test_the_largest_job_of_each_page_size() -> None:
+    small, large, other = (
+        transfer("staged", 1.0, size, pages) for size, pages in ((512, 16), (512, 4096), (4096, 16))
+    )
+    assert largest_jobs([small, large, other]) == [large, other]
+
+
+SLICE, LOAD = 150e-6, 80e-3
+
+
+@pytest.mark.parametrize(
+    ("during", "expected"),
+    [
+        ([11e-6, 12e-6, 40e-6], Arbitration.UNDISTURBED),
+        ([160e-6, 170e-6, 320e-6], Arbitration.IN_TURN),
+        ([75e-3], Arbitration.FIRST_IN_FIRST_OUT),
+        ([40e-3, 20e-6, 15e-6], Arbitration.FIRST_IN_FIRST_OUT),  # only the first came early
+        ([3e-3, 3e-3, 4e-3], Arbitration.UNCLEAR),
+    ],
+)
+def test_how_a_copy_engine_serves_is_told_by_what_a_small_copy_waits(
+    during: list[float], expected: Arbitration
+) -> None:
+    assert infer_arbitration(10e-6, during, SLICE, LOAD) is expected
+
+
+def test_no_latency_tells_nothing() -> None:
+    with pytest.raises(ValueError, match="during"):
+        infer_arbitration(10e-6, [], SLICE, LOAD)
+
+
+def test_windows_that_keep_the_wait_short_widest_first() -> None:
+    trials = {
+        None: WindowTrial(0.08, 54.0),
+        64: WindowTrial(0.0009, 50.0),
+        256: WindowTrial(0.004, 53.0),
+        16: WindowTrial(0.0002, 41.0),
+    }
+    assert windows_that_suffice(trials, 1e-3) == [64, 16]
+    assert windows_that_suffice(trials, 0.1) == [None, 256, 64, 16]
+    assert windows_that_suffice(trials, 1e-6) == []
+
+
+def test_the_cost_of_one_more() -> None:
+    assert slope([(1, 5.0), (3, 9.0)]) == pytest.approx(2.0)
+    assert slope([(1, 5.0), (1, 9.0)]) is None
+
+
+def test_the_report_of_a_gpu_has_a_section_for_every_kind() -> None:
+    text = report.build(gpu_results(), [Path("bandwidth.png")])
+    for words in (
+        "Measured on NVIDIA Example",
+        "![bandwidth](bandwidth.png)",
+        "| 4 KiB | 4,096 | 50 | 40 (0.80) | 20 (0.40) | 5 (0.10) | 7 (0.14) |",
+        "Both directions at once",
+        "rows that four ranks share",
+        "an eighth of its slots",
+        "Kernels in device memory",
+        "900 (60)",
+        "How many CTAs it takes",
+        "first in, first out: the small copy waits",
+        "A window of 16 MiB is the widest",
+        "A scatter of 8 MiB",
+        "| decode | load | staged | 1 ms | 1.2 ms | 1.20 | 17 % | 50 -> 40 |",
+        "| planning 8,192 blocks x 80 tensors | < 300 us | 200 us | met |",
+        "50 us for each further segment",
+        "touched and pinned after",
+        "16 / 128 / 62 / 0",
+        "| lru | vLLM's | 0.50 M |",
+    ):
+        assert words in text, words
+    assert "No GPU was here" not in text
+
+
+def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path) -> None:
+    benchmark = {
+        "name": "test",
+        "group": "polling",
+        "stats": {"median": 5e-6, "min": 4e-6},
+        "extra_info": {"kind": "polling", "device": "host device", "jobs": 1},
+    }
+    notes: dict[str, Any] = {
+        "facts": {"cores": "2", "load average at the end": "9 9 9", "GPU": "none"},
+        "seconds": 12.0,
+        "skipped": {},
+        "failed": [],
+    }
+    (tmp_path / "submission.json").write_text(json.dumps({"benchmarks": [benchmark]}))
+    (tmp_path / "submission.notes.json").write_text(json.dumps(notes))
+    notes |= {"skipped": {"needs a GPU": 80}, "failed": ["test_kernels.py::test_x"]}
+    (tmp_path / "kernels.notes.json").write_text(json.dumps(notes))  # nothing of it ran
+    results = Results.load(tmp_path)
+    assert (len(results.records), results.seconds, results.on_gpu) == (1, 24.0, False)
+    text = report.build(results, [])
+    assert "No GPU was here" in text
+    assert "`get_finished`, 1 jobs in flight | 5 us" in text
+    assert "| kernels | needs a GPU | 80 |" in text
+    assert "- `test_kernels.py::test_x`" in text
+    assert "Other programs were running" in text
+    assert "## Transfers" not in text
+
+
+def test_a_promise_that_is_not_kept_is_called_so() -> None:
+    slow = record("planning", 0.001, blocks=8192, tensors=80, peer_seconds=0.005, ratio=5.0)
+    text = report.promises(Results((slow,)))
+    assert text.count("**not met**") == 2
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    plots = pytest.importorskip("plots", reason="matplotlib is not here")
+    drawn = plots.draw_all(gpu_results(), tmp_path)
+    names = {"bandwidth", "crossover", "interference", "kernels", "ctas", "planning"}
+    assert {path.stem for path in drawn} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert plots.draw_all(Results(()), tmp_path) == []
+
+
+def test_columns_of_figures_are_aligned_to_the_right() -> None:
+    text = table(["name", "GB/s", "path"], [["a", "12", "staged|x"], ["b", "-", "zero_copy"]])
+    assert text.splitlines()[1:3] == ["| --- | ---: | --- |", "| a | 12 | staged\\|x |"]
+
+
+def test_sizes_and_times_are_written_for_people() -> None:
+    assert [size_name(n) for n in (512, 4096, 1536)] == ["512 B", "4 KiB", "1.5 KiB"]
+    assert [time_name(t) for t in (2.5, 0.0123, 4.2e-6)] == ["2.5 s", "12.3 ms", "4.2 us"]
+
+
+def test_the_clock_of_events_times_what_is_between_a_rounds_two_readings() -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            log.append("event")
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 250.0  # ms
+
+    clock = EventClock(Event, lambda: log.append("flush"))
+    for _ in range(2):
+        start = clock()
+        assert log == ["flush", "event", "record"]
+        assert clock() - start == pytest.approx(0.25)
+        assert log[3:] == ["event", "record", "synchronize"]
+        log.clear()
+
+
+def test_rounds_fill_a_budget_within_bounds() -> None:
+    assert [rounds_for(seconds, 1.0) for seconds in (10.0, 0.1, 1e-6)] == [3, 10, 25]
+
+
+def test_recycled_slots_are_all_slots_and_hardly_adjacent() -> None:
+    slots = recycled_slots(1000)
+    assert sorted(slots.tolist()) == list(range(1000))
+    steps = (slots[1:] - slots[:-1]).tolist()
+    assert steps.count(-1) > 900
+    assert steps.count(1) < 10
+
+
+@pytest.mark.parametrize("slots", ["adjacent", "recycled", "ranks", "groups", "duplex"])
+def test_a_world_has_the_pages_that_it_says(slots: str) -> None:
+    world = World.build(512, 64, slots)
+    blocks, places = world.ids(Direction.STORE)
+    assert len(blocks) == len(places) == len(set(places.tolist()))
+    assert world.num_bytes == 64 * 512
+    assert max(places) < world.num_slots
+    if slots == "duplex":
+        loaded, from_slots = world.ids(Direction.LOAD)
+        assert not set(loaded.tolist()) & set(blocks.tolist())
+        assert not set(from_slots.tolist()) & set(places.tolist())
+
+
+def test_jobs_keep_to_the_limit() -> None:
+    assert all(size * pages <= 64 << 20 and pages % 16 == 0 for size, pages in jobs(64 << 20))
+
+
+def test_a_packed_peer_is_found_by_its_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pack_environment(tmp_path) == {}
+    (tmp_path / "activate.sh").write_text("echo unpacked; export PYTHONPATH=/packed\n")
+    assert pack_environment(tmp_path) == {"PYTHONPATH": "/packed"}
+    monkeypatch.setenv(PACK_VARIABLE, str(tmp_path))
+    assert pack_environment(None) == {"PYTHONPATH": "/packed"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_that_requires_a_gpu_says_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--require-gpu", "--out", str(tmp_path / "out")])
+    assert run.main() == 2
+    assert "no GPU" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "transfer"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "got transfer" in capsys.readouterr().err
