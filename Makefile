@@ -17,21 +17,31 @@ OTHER_TRITON := 3.6.0
 OTHER_VLLM := 0.33.0
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-check bench-gpu clean
 
 demo: $(STAMPS)/package $(STAMPS)/model
 	$(BIN)/python -m triton_offload.demo
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(BIN)/python -m pytest
+	$(BIN)/python bench/regression.py
 
 check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# What this machine can measure, about five minutes; bench/out/report.md says what it could not.
 bench: $(STAMPS)/package $(STAMPS)/dev
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/run.py
+
+# Fails where a chosen benchmark is slower than the committed baseline, beyond the noise.
+bench-check: $(STAMPS)/package $(STAMPS)/dev
+	$(BIN)/python bench/regression.py
+
+# On a machine with a GPU, with the Python that is there: nothing is installed, nothing downloaded.
+bench-gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/run.py --require-gpu
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist

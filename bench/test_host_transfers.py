@@ -35,6 +35,45 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.parametrize("page_bytes", [4 << 10, 64 << 10], ids=["4KiB", "64KiB"])
+def test_both_directions_at_once(benchmark, page_bytes):
+    """A store and a load of half the bytes each, other pages and slots, beside one plain copy."""
+    count = JOB_BYTES // (2 * TENSORS * page_bytes)
+    rng = np.random.default_rng(0)
+    caches = [torch.ones(4 * count, page_bytes, dtype=torch.uint8) for _ in range(TENSORS)]
+    layout = CacheLayout(caches)
+    pool = HostPool.allocate(HostDevice(), 2 * count, layout.slot_bytes)
+    pool.wait_ready()
+    pool.slots.fill_(1)
+    queue = transfer_queue(layout, pool)
+    stored, loaded = np.split(rng.permutation(4 * count)[: 2 * count], 2)
+    source, target = (torch.ones(JOB_BYTES, dtype=torch.uint8) for _ in range(2))
+
+    def transfer() -> None:
+        store = queue.transfer_async(
+            GPULoadStoreSpec(stored), CPULoadStoreSpec(np.arange(count), fresh=True)
+        )
+        load = queue.transfer_async(
+            CPULoadStoreSpec(np.arange(count, 2 * count)), GPULoadStoreSpec(loaded)
+        )
+        queue.wait([store, load])
+        assert sum(result.num_bytes for result in queue.get_finished()) == JOB_BYTES
+
+    plain: list[float] = []
+    benchmark.group = f"both directions {page_bytes >> 10} KiB pages"
+    benchmark.pedantic(
+        transfer,
+        setup=lambda: plain.append(seconds(lambda: target.copy_(source))),
+        rounds=ROUNDS,
+        warmup_rounds=2,
+    )
+    ratio = statistics.median(plain) / benchmark.stats.stats.median
+    benchmark.extra_info["ratio"] = ratio
+    print(f" ratio {ratio:.2f}")
+    queue.shutdown()
+    pool.close()
+
+
 @pytest.mark.parametrize("slots", ["adjacent", "scattered"])
 @pytest.mark.parametrize("path", [None, Path.STAGED, Path.COPY_ENGINE], ids=lambda p: str(p))
 @pytest.mark.parametrize("page_bytes", [4 << 10, 64 << 10], ids=["4KiB", "64KiB"])

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
     {"kernels.table", "specs", "sizes", "chunks", "policies", "models", "version"},
+    {"offloading_manager", "orphans"},
     {"kernels.tiling", "kernels.reference", "manager", "calibration", "stats"},
     {"calibration_file", "fitting"},
     {"machine"},

@@ -144,6 +144,38 @@ def test_arc_agrees_with_the_paper_s_lists(capacity: int, references: list[bytes
         assert policy._target == target
 
 
+@given(data=st.data(), capacity=st.integers(1, 12))
+def test_arc_evicts_several_keys_as_one_after_another(data: st.DataObject, capacity: int) -> None:
+    at_once, one_by_one = ARCPolicy(capacity), ARCPolicy(capacity)
+    policies = at_once, one_by_one
+    free: list[bytes] = []
+    held: list[bytes] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        offered = data.draw(st.sets(st.integers(0, 20).map(lambda i: b"%d" % i), max_size=capacity))
+        new = sorted(offered - {*free, *held})
+        protected = offered & set(free)
+        candidates = len(free) - len(protected)
+        new = new[: capacity - len(free) - len(held) + candidates]
+        count = max(0, len(new) - (capacity - len(free) - len(held)))
+        evicted = at_once.evict(count, protected)
+        assert evicted == [one_by_one.evict(1, protected)[0] for _ in range(count)]
+        free = [key for key in free if key not in evicted]
+        touched = data.draw(st.sets(st.sampled_from([*free, *held] or [b"none"])))
+        to_hold = data.draw(st.sets(st.sampled_from(free))) if free else set()
+        released = sorted(data.draw(st.sets(st.sampled_from(held)))) if held else []
+        for policy in policies:
+            policy.admit(new)
+            policy.touch(sorted(touched))
+            policy.hold(sorted(to_hold))
+            policy.release(released)
+        free = [key for key in [*free, *new, *released] if key not in to_hold]
+        held = [key for key in [*held, *to_hold] if key not in released]
+        for policy in policies:
+            policy._check(free, held)
+        assert list(at_once._ghost_recent) == list(one_by_one._ghost_recent)
+        assert list(at_once._ghost_frequent) == list(one_by_one._ghost_frequent)
+
+
 def test_free_slots_leave_in_ascending_order() -> None:
     slots = FreeSlots(6)
     assert slots.take(6) == [0, 1, 2, 3, 4, 5]

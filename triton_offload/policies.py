@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import repeat
+from math import ceil
 from typing import Protocol, TypeAlias
 
 Key: TypeAlias = bytes  # what is in use; nothing here needs more than a hashable
@@ -85,14 +87,7 @@ class LRUPolicy:
         self.admit(keys)
 
     def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
-        order = self._order
-        evicted: list[Key] = []
-        spared: list[Key] = []
-        while len(evicted) < count:
-            key = order.popitem(last=False)[0]
-            (spared if key in protected else evicted).append(key)
-        _put_back(order, spared)
-        return evicted
+        return _pop_oldest(self._order, count, protected)
 
     def clear(self) -> None:
         self._order.clear()
@@ -131,8 +126,11 @@ class ARCPolicy:
     def admit(self, keys: Sequence[Key]) -> None:
         recent, frequent = self._recent, self._frequent
         ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
+        all_new = ghost_recent.keys().isdisjoint(keys) and ghost_frequent.keys().isdisjoint(keys)
         for key in reversed(keys):
-            if key in ghost_recent:
+            if all_new:
+                recent[key] = None
+            elif key in ghost_recent:
                 step = max(1.0, len(ghost_frequent) / len(ghost_recent))
                 self._target = min(float(self._capacity), self._target + step)
                 del ghost_recent[key]
@@ -180,30 +178,20 @@ class ARCPolicy:
 
     def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
         recent, frequent = self._recent, self._frequent
-        ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
-        num_recent = len(recent) + self._num_held_recent
-        target = self._target
+        above_target = ceil(len(recent) + self._num_held_recent - self._target)
         evicted: list[Key] = []
-        spared_recent: list[Key] = []
-        spared_frequent: list[Key] = []
-        while len(evicted) < count:
-            if recent and (num_recent > target or not frequent):
-                key = recent.popitem(last=False)[0]
-                if key in protected:
-                    spared_recent.append(key)
-                    continue
-                num_recent -= 1
-                ghost_recent[key] = None
-            else:
-                key = frequent.popitem(last=False)[0]
-                if key in protected:
-                    spared_frequent.append(key)
-                    continue
-                ghost_frequent[key] = None
-            evicted.append(key)
-        _put_back(recent, spared_recent)
-        _put_back(frequent, spared_frequent)
-        self._trim_ghosts()
+        # Recent down to its target, then frequent, and recent again where that can't give enough.
+        # What becomes a ghost changes none of the sums that bound the ghost lists.
+        for order, ghosts, limit in (
+            (recent, self._ghost_recent, min(count, above_target)),
+            (frequent, self._ghost_frequent, count),
+            (recent, self._ghost_recent, count),
+        ):
+            if len(evicted) < limit:
+                taken = _pop_oldest(order, limit - len(evicted), protected)
+                for key in taken:
+                    ghosts[key] = None
+                evicted += taken
         return evicted
 
     def clear(self) -> None:
@@ -280,8 +268,18 @@ class FreeSlots:
         assert sorted([*free, *used]) == list(range(self._count)), "a slot is lost or doubled"
 
 
-def _put_back(order: _Order, spared: list[Key]) -> None:
-    """Restores to the head of `order` what was taken from it, in its old sequence."""
+def _pop_oldest(order: _Order, count: int, protected: AbstractSet[Key]) -> list[Key]:
+    """Takes `count` keys from the head of `order`, or all; `protected` ones keep their places."""
+    count = min(count, len(order))
+    popped = [key for key, _ in map(order.popitem, repeat(False, count))]
+    if protected.isdisjoint(popped):
+        return popped
+    spared = [key for key in popped if key in protected]
+    popped = [key for key in popped if key not in protected]
+    while order and len(popped) < count:
+        key, _ = order.popitem(last=False)
+        (spared if key in protected else popped).append(key)
     for key in reversed(spared):
         order[key] = None
         order.move_to_end(key, last=False)
+    return popped
