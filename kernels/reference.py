@@ -5,10 +5,11 @@ Exact for every alignment, on any device. It is written to be read; it is not tu
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 
 from .table import (
-    BlockRun,
     Direction,
     Ids,
     PageRow,
@@ -17,6 +18,8 @@ from .table import (
     check_run,
     check_slots,
 )
+
+Array: TypeAlias = Any
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -76,40 +79,41 @@ def _transfer(
     if slots.device != table.device:
         raise ValueError(f"slots: expected a tensor on {table.device}, got one on {slots.device}")
     run = check_run(table, block_ids, slots.shape[0], slot_ids, first_block, direction=direction)
-    if run.block_ids.shape[0]:
-        move_run(table, run, views_of(table, slots), direction)
-
-
-def views_of(table: PageTable, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each tensor of the table its pages ``[num_blocks, words]`` and their places in the slots
-    ``[num_slots, B, words]``, for any number of ``move_run``."""
-    return [_in_widest_words(row, slots, table.blocks_per_chunk) for row in table.pages]
-
-
-def move_run(
-    table: PageTable,
-    run: BlockRun,
-    views: list[tuple[torch.Tensor, torch.Tensor]],
-    direction: Direction,
-) -> None:
-    """What ``gather_pages`` and ``scatter_pages`` do, for a run that was checked."""
+    if run.block_ids.shape[0] == 0:
+        return
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
     places = run.first_block + torch.arange(blocks.shape[0], device=table.device)
     slot_of_block = chunk_slots[places // table.blocks_per_chunk]
     position_of_block = places % table.blocks_per_chunk
-    for pages, slot_pages in views:
-        if direction == "gather":
-            slot_pages[slot_of_block, position_of_block] = pages[blocks]
-        else:
-            pages[blocks] = slot_pages[slot_of_block, position_of_block]
+    for pages, slot_pages in views_of(table, slots):
+        move_words(pages, blocks, slot_pages, slot_of_block, position_of_block, direction)
+
+
+def views_of(table: PageTable, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tensor of the table its pages ``[num_blocks, words]`` and their places in the slots
+    ``[num_slots, B, words]``, both as integers as wide as their alignment allows."""
+    return [_in_widest_words(row, slots, table.blocks_per_chunk) for row in table.pages]
+
+
+def move_words(
+    pages: Array,
+    blocks: Array,
+    slot_pages: Array,
+    slot_of_block: Array,
+    position_of_block: Array,
+    direction: Direction,
+) -> None:
+    """Move the pages of one tensor (see ``views_of``). Tensors all, or numpy arrays all."""
+    if direction == "gather":
+        slot_pages[slot_of_block, position_of_block] = pages[blocks]
+    else:
+        pages[blocks] = slot_pages[slot_of_block, position_of_block]
 
 
 def _in_widest_words(
     row: PageRow, slots: torch.Tensor, blocks_per_chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages ``[num_blocks, words]`` of a tensor and their places ``[num_slots, B, words]`` in
-    the slots, both as integers as wide as their alignment allows."""
     slot_pages = slots.as_strided(
         (slots.shape[0], blocks_per_chunk, row.page_bytes),
         (slots.stride(0), row.pitch, 1),

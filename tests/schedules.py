@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from triton_offload.testing.serving import ServingEngine
 from triton_offload.worker import DeviceWorker
 
 MIN_OPERATIONS = 100
+MOST_STEPS = 5000  # far more than any schedule takes
 NUM_BUFFERS = 2
 LANES = (("store", "load"), ("store", "expedited"), ("store", "load", "expedited"))
 
@@ -29,6 +32,8 @@ HYBRID = CacheShape(
     tensors=((16, 16), (8, 12), (24, 24)),
     groups=(((0, 16), (1, 8), (2, 24)), ((1, 8),), ((0, 9), (2, 20))),
 )
+# Chunks of few bytes, many to a segment: scattered ones leave in batches.
+MANY = CacheShape(tensors=((8, 8), (4, 4)), blocks_per_chunk=1, num_blocks=40, num_slots=20)
 SINGLE = CacheShape(tensors=((32, 32),), blocks_per_chunk=1)
 
 # Big jobs by the copy engine, loads on mapped memory where they are small: neighbours differ.
@@ -41,6 +46,17 @@ MIXED_PATHS = PathTable(
     ),
 )
 
+# Neighbours end on different streams, both ways.
+CROSSING_PATHS = PathTable(
+    Path.STAGED,
+    (
+        PathRule(Direction.LOAD, 0, 0, Path.COPY_ENGINE),
+        PathRule(Direction.LOAD, 0, 6, Path.STAGED),
+        PathRule(Direction.STORE, 0, 0, Path.ZERO_COPY),
+        PathRule(Direction.STORE, 0, 8, Path.STAGED),
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
@@ -49,16 +65,17 @@ class Configuration:
     shape: CacheShape
     paths: Path | PathTable
     window_chunks: int | None = None
-    max_queued: int = 1024
+    buffer_chunks: int = 1
+    pinned: bool = True
 
     def options(self, slot_bytes: int) -> PipelineOptions:
         fixed = isinstance(self.paths, Path)
         return PipelineOptions(
             path=self.paths if isinstance(self.paths, Path) else None,
             paths=None if fixed else self.paths,
-            buffer_bytes=slot_bytes,
+            buffer_bytes=self.buffer_chunks * slot_bytes,
             num_buffers=NUM_BUFFERS,
-            max_indices=1,  # the least that it takes
+            max_indices=8 * self.buffer_chunks,  # or the least that it takes
             window_bytes=self.window_chunks and self.window_chunks * slot_bytes,
         )
 
@@ -68,11 +85,14 @@ CONFIGURATIONS = {
     "staged, odd sizes": Configuration(ODD, Path.STAGED),
     "staged, hybrid": Configuration(HYBRID, Path.STAGED),
     "staged, window": Configuration(SINGLE, Path.STAGED, window_chunks=2),
+    "staged, batches": Configuration(MANY, Path.STAGED, buffer_chunks=5),
+    "staged, pageable": Configuration(CacheShape(), Path.STAGED, pinned=False),
     "zero copy, hybrid": Configuration(HYBRID, Path.ZERO_COPY),
     "zero copy, odd sizes": Configuration(ODD, Path.ZERO_COPY),
     "copy engine, hybrid": Configuration(HYBRID, Path.COPY_ENGINE),
     "copy engine": Configuration(CacheShape(), Path.COPY_ENGINE),
     "mixed paths": Configuration(CacheShape(), MIXED_PATHS),
+    "crossing paths": Configuration(CacheShape(), CROSSING_PATHS),
     "mixed paths, hybrid": Configuration(HYBRID, MIXED_PATHS),
 }
 
@@ -88,20 +108,29 @@ class Facts:
 
 
 class Rings:
-    """How often the rings of some lanes have handed out memory again from their beginning."""
+    """How often the rings of some lanes have handed out memory again from their beginning, since
+    `restart`."""
 
-    def __init__(self, queue: OffloadingQueueManager, lanes: Sequence[str]) -> None:
+    def __init__(
+        self, queue: OffloadingQueueManager, lanes: Sequence[str], *, staged: bool
+    ) -> None:
         worker = next(iter(queue._workers.values()))
         assert isinstance(worker, DeviceWorker)
         self._lanes = [worker._pipeline._lanes[name] for name in lanes]
-        self._turns = [0] * len(lanes)
+        self._staged = staged
         for i, lane in enumerate(self._lanes):
             lane._indices.take = self._counted(i, lane._indices)  # type: ignore[method-assign]
+        self.restart()
 
-    def wraps(self, *, staged: bool) -> float:
+    def restart(self) -> None:
+        self._turns = [0] * len(self._lanes)
+        self._taken = [lane.paths._ring.num_taken for lane in self._lanes]
+
+    def wraps(self) -> float:
         """Of the ring that was gone round least: of ids, and where all is staged, of buffers."""
-        buffers = [lane.paths._ring.num_taken / NUM_BUFFERS for lane in self._lanes]
-        return min([*self._turns, *buffers] if staged else self._turns)
+        taken = [lane.paths._ring.num_taken for lane in self._lanes]
+        buffers = [(now - then) / NUM_BUFFERS for now, then in zip(taken, self._taken, strict=True)]
+        return min([*self._turns, *buffers] if self._staged else self._turns)
 
     def _counted(self, i: int, ring: IndexRing) -> Callable[..., list[torch.Tensor] | None]:
         take, last = ring.take, 0
@@ -119,37 +148,61 @@ class Rings:
 
 
 def run_schedule(configuration: Configuration, seed: int) -> Facts:
-    """Drive an engine until the schedule is long enough; raises AssertionError with the trace."""
-    with SimulatedDevice(seed, max_queued=configuration.max_queued) as device:
-        rng = random.Random(seed)
-        memory = EngineMemory(device, configuration.shape)
+    """One schedule in a world of its own; raises AssertionError with the trace."""
+    return run_schedules(configuration, range(seed, seed + 1))[0]
+
+
+def run_schedules(configuration: Configuration, seeds: range) -> list[Facts]:
+    """A schedule for each seed, one after the other in one world (building it takes a third of a
+    schedule's time). The same range replays them."""
+    with SimulatedDevice(seeds[0]) as device:
+        rng = random.Random(seeds[0])
+        memory = EngineMemory(device, configuration.shape, pinned=configuration.pinned)
         options = configuration.options(memory.layout.slot_bytes)
         queue = transfer_queue(memory.layout, memory.pool, options=options)
         lanes = rng.choice(LANES)
         engine = ServingEngine(memory, queue, rng, lanes)
-        rings = Rings(queue, lanes)
-        staged = configuration.paths is Path.STAGED
-        while (
-            device.num_operations < MIN_OPERATIONS
-            or not engine.num_crossings
-            or rings.wraps(staged=staged) < 2
-        ):
-            engine.step()
-        if rng.random() < 0.3:
-            queue.shutdown()  # under load
-            device.drain()
-            memory.check_reads()
-        else:
+        rings = Rings(queue, lanes, staged=configuration.paths is Path.STAGED)
+        facts = []
+        for seed in seeds:
+            if seed != seeds[0]:
+                device.reseed(seed)
+                rng.seed(seed)
+                rings.restart()
+            steps = itertools.count(1)
+            before = device.num_operations, sum(engine.num_jobs.values()), engine.num_crossings
+            while (
+                device.num_operations < before[0] + MIN_OPERATIONS
+                or engine.num_crossings == before[2]
+                or rings.wraps() < 2
+            ):
+                engine.step()
+                assert next(steps) < MOST_STEPS, "the engine does not get on"
+            facts.append(
+                Facts(
+                    device.num_operations - before[0],
+                    sum(engine.num_jobs.values()) - before[1],
+                    engine.num_crossings - before[2],
+                    rings.wraps(),
+                )
+            )
+            if seed == seeds[-1] and rng.random() < 0.3:
+                break
             engine.settle()
             device.drain()
             memory.check_all()
-            queue.shutdown()
+            device.check()
+        queue.shutdown()  # under load, where the last one broke off
+        device.drain()
+        memory.check_reads()
         device.check()
         assert not device.background_names
         assert len(device.streams) == 2
-        return Facts(
-            device.num_operations,
-            sum(engine.num_jobs.values()),
-            engine.num_crossings,
-            rings.wraps(staged=staged),
-        )
+        return facts
+
+
+if __name__ == "__main__":
+    first = int(sys.argv[2])
+    end = int(sys.argv[3]) if len(sys.argv) > 3 else first + 1
+    for facts in run_schedules(CONFIGURATIONS[sys.argv[1]], range(first, end)):
+        print(facts)

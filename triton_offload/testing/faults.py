@@ -18,7 +18,7 @@ class _Fault:
 
     what: str
     nth: int
-    times: int
+    times: float
     error: BaseException
 
     def strikes(self, what: str) -> bool:
@@ -36,18 +36,25 @@ class Faults:
 
     `in_call`: a call of the seam raises, and nothing is queued. `in_run`: an operation of that
     kind fails when it runs; with `sticky`, as an illegal access does, the device is lost.
-    `never_ends`: an operation of that kind never completes. `nth` counts from now.
+    `never_ends`: an operation of that kind never completes. `refuse`: host memory is not pinned,
+    and nothing raised. `nth` counts from now; `times` may be `math.inf`. `num_struck` counts what
+    went wrong so far.
     """
 
     def __init__(self) -> None:
+        self.num_struck = 0
+        self.hung: list[Operation] = []  # never end
+        self._refusals: list[_Fault] = []
         self._calls: list[_Fault] = []
         self._runs: list[tuple[_Fault, bool]] = []
         self._hangs: list[_Fault] = []
+        self.armed = False
 
     def in_call(
-        self, call: str, nth: int = 1, *, times: int = 1, error: BaseException | None = None
+        self, call: str, nth: int = 1, *, times: float = 1, error: BaseException | None = None
     ) -> None:
         error = error or InjectedError(f"injected: {call} raised")
+        self.armed = True
         self._calls.append(_Fault(call, nth, times, error))
 
     def in_run(
@@ -55,39 +62,53 @@ class Faults:
         kind: str,
         nth: int = 1,
         *,
-        times: int = 1,
+        times: float = 1,
         sticky: bool = False,
         error: BaseException | None = None,
     ) -> None:
         error = error or InjectedError(f"injected: {kind} failed")
+        self.armed = True
         self._runs.append((_Fault(kind, nth, times, error), sticky))
 
     def never_ends(self, kind: str, nth: int = 1) -> None:
+        self.armed = True
         self._hangs.append(_Fault(kind, nth, 1, InjectedError(kind)))
+
+    def refuse(self, nth: int = 1, *, times: float = 1) -> None:
+        self.armed = True
+        self._refusals.append(_Fault("register", nth, times, InjectedError("refused")))
 
     def clear(self) -> None:
         """No more of them."""
+        self.armed = False
+        self._refusals.clear()
         self._calls.clear()
         self._runs.clear()
         self._hangs.clear()
 
     # -- for the simulation --
 
-    @property
-    def armed(self) -> bool:
-        return bool(self._calls or self._runs or self._hangs)
-
     def call(self, call: str) -> None:
         for fault in self._calls:
             if fault.strikes(call):
+                self.num_struck += 1
                 raise fault.error
+
+    def refuses(self) -> bool:
+        """Whether memory is not to be pinned this time."""
+        refused = any(fault.strikes("register") for fault in self._refusals)
+        self.num_struck += refused
+        return refused
 
     def arm(self, operation: Operation, lose: Callable[[BaseException], None]) -> None:
         """Let the operation fail, or never end, where it is its turn."""
         if any(fault.strikes(operation.kind) for fault in self._hangs):
             operation.hangs = True
+            self.hung.append(operation)
+            self.num_struck += 1
         for fault, sticky in self._runs:
             if fault.strikes(operation.kind):
+                self.num_struck += 1
                 operation.run = _failing(fault.error, lose if sticky else None)
 
 

@@ -16,7 +16,8 @@ from triton_offload.specs import Ids
 from triton_offload.testing.races import Cells, Memory, RaceChecker, rows_of
 from triton_offload.testing.schedule import Operation
 
-Views = list[tuple[torch.Tensor, torch.Tensor]]
+#: pages and their places in the slots, as words (numpy indexes small arrays faster than torch)
+Views = list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,13 +32,14 @@ class IdMemory:
     seen: Ids
     readers: list[tuple[int, int, Operation]] = field(default_factory=list)
 
-    def changed(self, first: int, end: int) -> bool:
-        """Whether the host has written there since; asked once."""
+    def changed(self, first: int, end: int) -> npt.NDArray[np.bool_] | None:
+        """Where in [first, end) the host has written since it was asked last; None: nowhere."""
         now, seen = self.array[first:end], self.seen[first:end]
-        if not (now != seen).any():
-            return False
+        differs: npt.NDArray[np.bool_] = now != seen
+        if not np.count_nonzero(differs):
+            return None
         seen[:] = now
-        return True
+        return differs
 
 
 class Places:
@@ -83,6 +85,10 @@ class Places:
     def address_on_device(self, address: int) -> bool:
         memory = self._races.find(address)
         return memory is not None and memory.on_device
+
+    def address_pageable(self, address: int) -> bool:
+        memory = self._races.find(address)
+        return memory is not None and not (memory.on_device or memory.pinned)
 
     def pageable(self, tensor: torch.Tensor) -> bool:
         memory = self._memory(tensor)
@@ -135,7 +141,8 @@ class Places:
         key = id(table), slots.data_ptr(), len(slots)
         views = self._views.get(key)
         if views is None:
-            views = self._views[key] = reference.views_of(table, slots)
+            words = reference.views_of(table, slots)
+            views = self._views[key] = [(a.numpy(), b.numpy()) for a, b in words]
         return views
 
     def ranges(self, addresses: Ids, sizes: Ids) -> list[Cells]:

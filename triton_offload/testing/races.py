@@ -25,6 +25,7 @@ Clock = npt.NDArray[np.int32]
 Cells = slice | npt.NDArray[np.int64]
 
 _LINES = 16
+_CELLS = 4096  # to begin with
 MOST_BYTES = 4 << 20
 
 
@@ -38,6 +39,7 @@ class Memory:
     cells: int  # index of its first byte
     on_device: bool
     pinned: bool
+    checked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +68,25 @@ class RaceChecker:
 
     def __init__(self) -> None:
         self.races: list[Race] = []
-        self._num_lines = 1
         self._starts: list[int] = []
         self._memories: list[Memory] = []
         self._num_cells = 0
         self._names: list[object] = ["the start"] * 1024  # by number
-        # [line, byte]: the line's last operation that wrote it, and that read it
-        self._written = np.zeros((_LINES, 0), dtype=np.int32)
-        self._read = np.zeros((_LINES, 0), dtype=np.int32)
+        # [byte, line]: the line's last operation that wrote it, and that read it
+        self._written = np.zeros((_CELLS, _LINES), dtype=np.int32)
+        self._read = np.zeros((_CELLS, _LINES), dtype=np.int32)
 
     # -- lines and clocks --
 
     def new_clock(self) -> Clock:
-        return np.zeros(len(self._written), dtype=np.int32)
+        return np.zeros(self._written.shape[1], dtype=np.int32)
 
     def make_room(self, num_lines: int) -> bool:
         """Make room for so many lines; True where clocks made before are too short now."""
-        self._num_lines = num_lines
-        if num_lines <= len(self._written):
+        if num_lines <= self._written.shape[1]:
             return False
-        self._written = np.vstack([self._written, np.zeros_like(self._written)])
-        self._read = np.vstack([self._read, np.zeros_like(self._read)])
+        self._written = np.hstack([self._written, np.zeros_like(self._written)])
+        self._read = np.hstack([self._read, np.zeros_like(self._read)])
         return True
 
     # -- memory --
@@ -114,7 +114,7 @@ class RaceChecker:
             place = self._memories.index(memory)
             del self._memories[place], self._starts[place]
         place = bisect_right(self._starts, start)
-        memory = Memory(name, start, end, self._num_cells, on_device, pinned)
+        memory = Memory(name, start, end, self._num_cells, on_device, pinned, checked)
         self._memories.insert(place, memory)
         self._starts.insert(place, start)
         self._num_cells += size if checked else 0
@@ -142,23 +142,25 @@ class RaceChecker:
     ) -> None:
         """An operation of `line` that knows of `clock`; numbers grow with every operation."""
         self._grow(number)
+        count_nonzero = np.count_nonzero  # `any` of a small array takes ten times as long
         self._names[number] = name
         clock[line] = number  # a line is in order
-        lines = self._num_lines
-        known = clock[:lines, None]
-        written, read = self._written[:lines], self._read[:lines]
+        written, read = self._written, self._read
         for cells in reads:
-            if (unknown := written[:, cells] > known).any():
+            unknown = written[cells] > clock
+            if count_nonzero(unknown):
                 self._report(written, unknown, number, "write", "read", cells)
         for cells in writes:
-            if (unknown := written[:, cells] > known).any():
+            unknown = written[cells] > clock
+            if count_nonzero(unknown):
                 self._report(written, unknown, number, "write", "write", cells)
-            if (unknown := read[:, cells] > known).any():
+            unknown = read[cells] > clock
+            if count_nonzero(unknown):
                 self._report(read, unknown, number, "read", "write", cells)
         for cells in reads:
-            read[line, cells] = number
+            read[cells, line] = number
         for cells in writes:
-            written[line, cells] = number
+            written[cells, line] = number
 
     def report_ids(self, earlier: object, later: object) -> None:
         """The host wrote the ids of `later` over those of `earlier`, not knowing it to be over."""
@@ -177,15 +179,16 @@ class RaceChecker:
     ) -> None:
         if len(self.races) >= self.MOST:
             return
-        line, bad = (int(index[0]) for index in np.nonzero(unknown))
+        bad, line = (int(index[0]) for index in np.nonzero(unknown))
         cell = cells.start + bad if isinstance(cells, slice) else int(cells[bad])
-        earlier = self._names[int(accesses[line, cell])]
+        earlier = self._names[int(accesses[cell, line])]
         names = str(earlier), str(self._names[later])
         self.races.append(Race(*names, first, second, self._place(cell)))
 
     def _place(self, cell: int) -> str:
         for memory in self._memories:
-            if memory.cells <= cell < memory.cells + memory.end - memory.start:
+            size = memory.end - memory.start if memory.checked else 0
+            if memory.cells <= cell < memory.cells + size:
                 return f"byte {cell - memory.cells} of {memory.name}"
         return "freed memory"
 
@@ -197,11 +200,10 @@ class RaceChecker:
                 f"memory: expected at most {MOST_BYTES} bytes in a simulation that checks them, "
                 f"got {self._num_cells} (smaller caches, pools and `buffer_bytes` will do)"
             )
-        missing = self._num_cells - self._written.shape[1]
-        if missing > 0:
-            room = np.zeros((len(self._written), missing + self._num_cells), dtype=np.int32)
-            self._written = np.hstack([self._written, room])
-            self._read = np.hstack([self._read, room])
+        if self._num_cells > len(self._written):
+            room = np.zeros((self._num_cells, self._written.shape[1]), dtype=np.int32)
+            self._written = np.vstack([self._written, room])
+            self._read = np.vstack([self._read, room])
 
 
 def rows_of(starts: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int64]:

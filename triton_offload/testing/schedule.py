@@ -9,6 +9,7 @@ it needs is free.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -40,11 +41,19 @@ class Stream:
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """Runs one operation at a time: the copy engine of one direction."""
+    """Runs one operation at a time: the copy engine of one direction.
+
+    CUDA promises nothing about whom it serves next. `queue`: where it serves first in, first out,
+    all that is queued for it, in the order of submission; None where it serves streams in turn.
+    """
 
     name: str
+    queue: deque[Operation] | None = None
     free: float = 0.0
     busy: float = 0.0
+
+    def serves(self, operation: Operation) -> bool:
+        return self.queue is None or self.queue[0] is operation
 
 
 @dataclass(slots=True, eq=False)
@@ -117,18 +126,14 @@ class RandomOrder:
 
 
 class TimeOrder:
-    """The earliest first; streams that want one copy engine are served in turn, or first in,
-    first out: CUDA promises neither."""
-
-    def __init__(self, in_turn: bool) -> None:
-        self._in_turn = in_turn
+    """The earliest first. Streams that want one copy engine are served in turn."""
 
     def pick(self, ready: list[Operation]) -> int:
         return min(range(len(ready)), key=lambda i: self._key(ready[i]))
 
-    def _key(self, operation: Operation) -> tuple[float, float, int]:
-        first_in = operation.stream.served if self._in_turn else operation.reached
-        return earliest_start(operation), first_in, operation.number
+    @staticmethod
+    def _key(operation: Operation) -> tuple[float, float, int]:
+        return earliest_start(operation), operation.stream.served, operation.number
 
 
 def earliest_start(operation: Operation) -> float:
@@ -144,6 +149,7 @@ class Schedule:
         self.ready: list[Operation] = []
         self.num_run = 0
         self.num_submitted = 0
+        self.lost = False  # nothing moves a byte any more
 
     def submit(self, operation: Operation, follows: Sequence[Operation]) -> None:
         """Queue behind the stream's last operation and those in `follows`."""
@@ -157,8 +163,9 @@ class Schedule:
         stream.last = operation
         stream.pending += 1
         self.num_submitted += 1
-        if not operation.waits_for and not operation.hangs:
-            self.ready.append(operation)
+        if operation.engine is not None and operation.engine.queue is not None:
+            operation.engine.queue.append(operation)
+        self.offer(operation)
 
     def step(self) -> Operation:
         """Run the operation that the order picks; `ready` must not be empty."""
@@ -174,24 +181,14 @@ class Schedule:
             engine.free = operation.end
             engine.busy += operation.seconds
             operation.stream.served = operation.end
-        run = operation.run
-        if run is not None:
-            operation.run = None
+        run, operation.run = operation.run, None
+        if run is not None and not self.lost:
             try:
                 run()
             except Exception as error:  # the next record of the stream hands it on
                 operation.stream.failure = operation.stream.failure or error
         self._finish(operation)
         return operation
-
-    def abandon(self) -> None:
-        """Drop everything queued: the device is lost."""
-        for operation in self.ready:
-            operation.run = None
-        while self.ready:
-            operation = self.ready.pop()
-            operation.run = None
-            self._finish(operation, run=False)
 
     @staticmethod
     def _follow(operation: Operation, before: Operation) -> None:
@@ -201,13 +198,24 @@ class Schedule:
             operation.waits_for += 1
             before.followers.append(operation)
 
-    def _finish(self, operation: Operation, *, run: bool = True) -> None:
+    def _finish(self, operation: Operation) -> None:
         operation.done = True
         operation.stream.pending -= 1
-        self.num_run += run
+        self.num_run += 1
         for follower in operation.followers:
             follower.reached = max(follower.reached, operation.end)
             follower.waits_for -= 1
-            if not follower.waits_for and not follower.hangs:
-                self.ready.append(follower)
+            self.offer(follower)
         operation.followers.clear()
+        queue = None if operation.engine is None else operation.engine.queue
+        if queue is not None:
+            queue.remove(operation)
+            if queue:
+                self.offer(queue[0])
+
+    def offer(self, operation: Operation) -> None:
+        """Let it run where nothing keeps it back."""
+        if operation.waits_for or operation.hangs:
+            return
+        if operation.engine is None or operation.engine.serves(operation):
+            self.ready.append(operation)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from triton_offload.device.base import DeviceLostError
-from triton_offload.kernels import reference
-from triton_offload.kernels.table import BlockRun, PageTable
+from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 from triton_offload.testing.background import Background
-from triton_offload.testing.faults import Faults
-from triton_offload.testing.races import Cells, Race
-from triton_offload.testing.schedule import Engine, Operation, Stream
+from triton_offload.testing.controls import Controls
+from triton_offload.testing.races import Cells
+from triton_offload.testing.schedule import Engine, Stream
 from triton_offload.testing.simulation import Record, Simulation
+from triton_offload.testing.work import Launch, Pair, run_kernel
 
 POISON = 0xA5
-
-
-class RaceError(AssertionError):
-    """Accesses that nothing orders. The message names both, and the seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class Event:
     latest: Record | None = None
 
 
-class SimulatedDevice:
+class SimulatedDevice(Controls):
     """A device behind the seam (`device.base.Device`) on which no order is ever lucky.
 
     Nothing runs when it is queued. A scheduler with the given seed picks, one at a time, any
@@ -65,9 +61,10 @@ class SimulatedDevice:
     never recorded does not block; a query sees a re-record; copies read their source when they
     run; copies of one engine are serial, pieces of a batch are in no order; a copy from or to host
     memory that is not registered blocks the host until the stream gets there (one to the device
-    until it has read it); a stream holds `max_queued` operations, and one more blocks the host;
-    `legacy_stream` synchronises with streams made as blocking. `num_blocked` counts how often the
-    host was blocked by a call that should only queue.
+    until it has read it), and a kernel that reaches such memory loses the device; a stream holds
+    `max_queued` operations, and one more blocks the host; `legacy_stream` synchronises with streams
+    made as blocking. `num_blocked` counts how often the host was blocked by a call that should only
+    queue.
 
     To test a worker of your own, give it the device, memory from `empty` and `empty_indices`, and
     call `check` at the end, or leave it to `with`:
@@ -104,145 +101,34 @@ class SimulatedDevice:
         self.torch_device = torch.device("cpu")
         self.name = "simulated"
         self.maps_host_memory = True
+        self.batches_copies = True
         self.rates = rates
         self.is_capturing = False
+        #: pieces of host memory that are registered
+        self.num_registered = 0
         #: copy engines, one each way
-        self.to_device = Engine("host to device")
-        self.to_host = Engine("device to host")
-        self._simulation = Simulation(
-            seed,
-            timing_only=timing_only,
-            in_turn=in_turn,
-            max_queued=max_queued,
-            call_seconds=rates.call,
+        self.to_device = Engine("host to device", None if in_turn else deque())
+        self.to_host = Engine("device to host", None if in_turn else deque())
+        simulation = Simulation(
+            seed, timing_only=timing_only, max_queued=max_queued, call_seconds=rates.call
         )
+        super().__init__(simulation, rates.launch)
         self._timing_only = timing_only
-        self._places = self._simulation.places
         self.legacy_stream = self._simulation.legacy
         self.compute_stream = self._simulation.open_stream("compute")
-
-    # -- what a test asks --
-
-    def check(self) -> None:
-        """Raise RaceError for the races that were found."""
-        if self.races:
-            found = "\n".join(str(race) for race in self.races[:3])
-            raise RaceError(f"{found}\n{self._history(60)}")
-
-    @property
-    def races(self) -> list[Race]:
-        """Accesses that nothing ordered, whatever the order was."""
-        return self._simulation.races.races
-
-    @property
-    def faults(self) -> Faults:
-        """What is to go wrong."""
-        return self._simulation.faults
-
-    @property
-    def streams(self) -> list[Stream]:
-        """Streams that are open, in the order of their making; the first two are the engine's."""
-        return self._simulation.streams
-
-    @property
-    def background_names(self) -> list[str]:
-        """Background functions that were not stopped."""
-        return [task.name for task in self._simulation.tasks]
-
-    @property
-    def num_operations(self) -> int:
-        """Operations queued so far, records and waits included."""
-        return self._simulation.schedule.num_submitted
-
-    @property
-    def num_queued(self) -> dict[tuple[str, str], int]:
-        """Operations queued so far by kind and stream, but records and waits."""
-        return self._simulation.num_queued
-
-    @property
-    def num_blocked(self) -> int:
-        """How often a call that should only queue blocked the host."""
-        return self._simulation.num_blocked
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """How often each call of the seam was made."""
-        return self._simulation.calls
-
-    def trace(self, last: int | None = None) -> str:
-        """The last events, a line each; None: all that are kept."""
-        return self._simulation.trace.text(last)
-
-    def drain(self) -> None:
-        """Run every operation that can run."""
-        self._simulation.drain()
-
-    def launch(
-        self,
-        name: str,
-        stream: Stream,
-        *,
-        reads: Sequence[torch.Tensor | Cells] = (),
-        writes: Sequence[torch.Tensor | Cells] = (),
-        run: Callable[[], object] | None = None,
-        seconds: float = 0.0,
-    ) -> Operation:
-        """Queue a kernel of the engine's own, which touches these uint8 tensors (or the cells of
-        `pages_of`)."""
-        self._simulation.enter("launch")
-        return self._simulation.queue(
-            self._simulation.operation(name, stream),
-            reads=[self._cells(part) for part in reads],
-            writes=[self._cells(part) for part in writes],
-            run=run,
-            seconds=self.rates.launch + seconds,
-        )
-
-    def pages_of(self, table: PageTable, block_ids: Ids) -> Cells:
-        """What a kernel touches that reads or writes the pages of these blocks."""
-        return self._places.pages(table, block_ids)
-
-    def touch(
-        self, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
-    ) -> None:
-        """The host itself reads or writes these bytes now."""
-        self._simulation.host_access(
-            "access",
-            [self._places.of(tensor) for tensor in reads],
-            [self._places.of(tensor) for tensor in writes],
-        )
-
-    def new_blocking_stream(self, name: str) -> Stream:
-        """A stream that synchronises with `legacy_stream`."""
-        self._simulation.note_call("new_stream")
-        return self._simulation.open_stream(name, blocking=True)
-
-    def __enter__(self) -> SimulatedDevice:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.drain()
-            self.check()
-        else:
-            error.add_note(self._history(40))
 
     # -- the host's own steps --
 
     def monotonic(self) -> float:
+        self._simulation.note_call("monotonic", though_lost=True)
         return self._simulation.now
 
     def sleep(self, seconds: float) -> None:
-        self._simulation.enter("sleep")
+        self._simulation.enter("sleep", though_lost=True)
         self._simulation.sleep(seconds)
 
     def background(self, name: str, step: Callable[[], float | None]) -> Background:
-        self._simulation.note_call("background")
+        self._simulation.note_call("background", though_lost=True)
         return Background(name, step, self._simulation.now, self._simulation.tasks)
 
     # -- streams and events --
@@ -264,6 +150,7 @@ class SimulatedDevice:
         if stream.last is not None and not stream.last.done:
             with suppress(DeviceLostError):
                 self._simulation.block_until(stream.last, f"{stream} was not drained", tasks=False)
+        self._simulation.drained(stream)
         stream.closed = True
         self.streams.remove(stream)
 
@@ -325,7 +212,10 @@ class SimulatedDevice:
 
     def register(self, host: torch.Tensor) -> bool:
         self._simulation.enter("register")
+        if self._simulation.faults.armed and self._simulation.faults.refuses():
+            return False
         self._places.pin(host, pinned=True)
+        self.num_registered += 1
         return True
 
     def unregister(self, host: torch.Tensor) -> None:
@@ -333,6 +223,7 @@ class SimulatedDevice:
         if self._simulation.lost is None:  # nobody may be using it
             self._simulation.host_access("unregistering", [], [self._places.of(host)])
         self._places.pin(host, pinned=False)
+        self.num_registered -= 1
 
     # -- work --
 
@@ -383,7 +274,10 @@ class SimulatedDevice:
             reads, writes = places.ranges(src, sizes), places.ranges(dst, sizes)
             order = self._simulation.rng.sample(range(len(sizes)), len(sizes))
             run = places.mover(dst, src, sizes, order)
-        self._simulation.queue(
+        pageable = any(map(places.address_pageable, (int(dst[0]), int(src[0]))))
+        if pageable:
+            self._wait_for_host(stream)
+        operation = self._simulation.queue(
             self._simulation.operation("copy_batch", stream, f"{len(sizes)} pieces"),
             reads=reads,
             writes=writes,
@@ -391,6 +285,9 @@ class SimulatedDevice:
             engine=engine,
             seconds=self.rates.launch + seconds,
         )
+        if pageable:
+            what = "a batch from or to pageable memory was not done"
+            self._simulation.block_until(operation, what, tasks=False)
 
     def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
         self._simulation.note_call("prepare")
@@ -440,7 +337,7 @@ class SimulatedDevice:
         simulation, places = self._simulation, self._places
         simulation.enter(kind)
         rate = self.rates.link if zero_copy else self.rates.kernel
-        seconds = self.rates.launch + len(block_ids) * table.bytes_per_block / rate
+        seconds = self.rates.launch + block_ids.shape[0] * table.bytes_per_block / rate
         if self._timing_only:
             simulation.queue(simulation.operation(kind, stream), seconds=seconds)
             return
@@ -448,23 +345,21 @@ class SimulatedDevice:
         pages = places.pages(table, blocks)
         there = places.chunks(table, slots, chunks, first_block, len(blocks))
         gathers = kind == "gather"
-        run = BlockRun(block_ids, slot_ids, first_block)
         views = places.views(table, slots)
         operation = simulation.operation(kind, stream, Launch(blocks, chunks, slots))
         for ids in (block_ids, slot_ids):
             if (found := places.ids_of(ids)) is not None:
                 simulation.read_ids(operation, *found)
+        if places.pageable(slots):
+            error = RuntimeError(f"{operation} reaches host memory that is not registered")
+            simulation.fail(operation, error)
         simulation.queue(
             operation,
             reads=[pages if gathers else there],
             writes=[there if gathers else pages],
-            # The kernel reads its ids when it runs, and only then.
-            run=lambda: reference.move_run(table, run, views, kind),
+            run=lambda: run_kernel(kind, table, block_ids, views, slot_ids, first_block),
             seconds=seconds,
         )
-
-    def _cells(self, part: torch.Tensor | Cells) -> Cells:
-        return self._places.of(part) if isinstance(part, torch.Tensor) else part
 
     def _transit(self, to_device: bool, from_device: bool) -> tuple[Engine | None, float]:
         """The copy engine, and seconds a byte."""
@@ -482,29 +377,3 @@ class SimulatedDevice:
         self._simulation.learn(record)
         if record.failure is not None:
             raise record.failure
-
-    def _history(self, last: int) -> str:
-        return f"SimulatedDevice(seed={self._simulation.seed}), last events:\n{self.trace(last)}"
-
-
-class Launch(NamedTuple):
-    """What a kernel was given, for a reader."""
-
-    blocks: Ids
-    chunks: Ids
-    slots: torch.Tensor
-
-    def __str__(self) -> str:
-        count = f"{self.slots.shape[0]} slots at {self.slots.data_ptr():#x}"
-        return f"blocks {self.blocks.tolist()}, chunks {self.chunks.tolist()} of {count}"
-
-
-class Pair(NamedTuple):
-    """What a copy was given, for a reader."""
-
-    text: Callable[[torch.Tensor], str]
-    src: torch.Tensor
-    dst: torch.Tensor
-
-    def __str__(self) -> str:
-        return f"{self.text(self.src)} to {self.text(self.dst)}"

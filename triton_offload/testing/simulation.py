@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,17 +17,20 @@ from triton_offload.testing.races import Cells, Clock, RaceChecker
 from triton_offload.testing.schedule import (
     Engine,
     Operation,
+    Order,
     RandomOrder,
     Schedule,
     Stream,
     TimeOrder,
     earliest_start,
 )
-from triton_offload.testing.trace import Trace
 
 _HOST = 0  # the host's line in vector clocks
 _FOREVER = float("inf")
-_PATIENCE = 10_000  # calls of background functions in which no operation runs
+# How likely it is that the device gets on between two calls of the host.
+_EAGERNESS = (0.0, 0.3, 0.6, 0.9)
+_KEPT = 2000  # events of the trace
+_PATIENCE = 3000  # sleeps, or calls of background functions, in which no operation runs
 
 
 class Stuck(BaseException):
@@ -53,7 +57,7 @@ class Simulation:
     """
 
     def __init__(
-        self, seed: int, *, timing_only: bool, in_turn: bool, max_queued: int, call_seconds: float
+        self, seed: int, *, timing_only: bool, max_queued: int, call_seconds: float
     ) -> None:
         self.seed = seed
         self.timing_only = timing_only
@@ -61,30 +65,37 @@ class Simulation:
         self.faults = Faults()
         self.races = RaceChecker()
         self.places = Places(self.races)
-        self.trace = Trace()
-        self.schedule = Schedule(TimeOrder(in_turn) if timing_only else RandomOrder(self.rng))
+        self.trace: deque[tuple[str, object]] = deque(maxlen=_KEPT)
+        self.schedule = Schedule(self._order())
         self.tasks: list[Background] = []
         self.streams: list[Stream] = []
-        self.calls: dict[str, int] = {}
-        self.num_queued: dict[tuple[str, str], int] = {}
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        self.num_queued: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.num_blocked = 0
         self.now = 0.0
         self.lost: DeviceLostError | None = None
         self._max_queued = max_queued
         self._call_seconds = call_seconds
-        # How eager the device is between two calls of the host.
-        self._eagerness = self.rng.choice((0.0, 0.3, 0.6, 0.9))
+        self._eagerness = self.rng.choice(_EAGERNESS)
         self._number = 0
+        self._idle_sleeps = 0
+        self._run_before = 0
         self._num_lines = 1
         self._host_clock = self.races.new_clock()
         self._host_learned = 0  # counts changes of the host's clock
         self.legacy = self.open_stream("legacy")
 
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
+        self.rng.seed(seed)
+        self.schedule.order = self._order()
+        self._eagerness = self.rng.choice(_EAGERNESS)
+
     # -- the host --
 
     def note_call(self, call: str, *, though_lost: bool = False) -> None:
         """Every call of the seam begins here."""
-        self.calls[call] = self.calls.get(call, 0) + 1
+        self.calls[call] += 1
         if self.faults.armed:
             self.faults.call(call)
         if self.lost is not None and not though_lost:
@@ -103,7 +114,13 @@ class Simulation:
                 self._run_next()
 
     def sleep(self, seconds: float) -> None:
+        """Let everything else go on for so long. Raises Stuck where the host sleeps on and on, and
+        no operation runs."""
         until = self.now + seconds
+        self._idle_sleeps = 0 if self.schedule.num_run > self._run_before else self._idle_sleeps + 1
+        self._run_before = self.schedule.num_run
+        if self._idle_sleeps > _PATIENCE:
+            self._stuck("the host sleeps")
         if self.timing_only:
             while self._step_before(until):
                 pass
@@ -150,11 +167,25 @@ class Simulation:
                 pass
         self.now = max(self.now, operation.end)
 
+    def end_hung(self) -> None:
+        for operation in self.faults.hung:
+            operation.hangs = False
+            self.schedule.offer(operation)
+        self.faults.hung.clear()
+
     def learn(self, record: Record) -> None:
         """The host saw the record reached."""
         self._join(self._host_clock, record.clock)
         self._host_learned += 1
         self.now = max(self.now, record.operation.end)
+
+    def drained(self, stream: Stream) -> None:
+        """The host saw that all of the stream has run."""
+        clock = self.knowledge(stream).copy()
+        if stream.last is not None:
+            clock[stream.index] = stream.last.number
+        self._join(self._host_clock, clock)
+        self._host_learned += 1
 
     def host_access(self, name: str, reads: Sequence[Cells], writes: Sequence[Cells]) -> None:
         """The host itself touches bytes now."""
@@ -170,12 +201,20 @@ class Simulation:
         readers = [
             reader for reader in ids.readers if known[reader[2].stream.index] < reader[2].number
         ]
-        if ids.changed(first, end):
+        changed = ids.changed(first, end)
+        if changed is not None:
             for begin, stop, kernel in readers:
-                if begin < end and first < stop:
+                if changed[max(0, begin - first) : max(0, stop - first)].any():
                     self.races.report_ids(kernel, operation)
         readers.append((first, end, operation))
         ids.readers = readers
+
+    def history(self, last: int | None = None) -> str:
+        """The last events, a line each; None: all that are kept."""
+        events = list(self.trace)
+        if last is not None:
+            events = events[-last:]
+        return "\n".join(f"{kind:>7} {subject}" for kind, subject in events)
 
     # -- the device --
 
@@ -208,15 +247,14 @@ class Simulation:
         """Queue work that touches these bytes."""
         operation.engine, operation.seconds = engine, seconds
         stream = operation.stream
-        kind = operation.kind, stream.name
-        self.num_queued[kind] = self.num_queued.get(kind, 0) + 1
-        if not self.timing_only:
-            operation.run = run
-            number, clock = operation.number, self.knowledge(stream)
-            self.races.access(number, operation, stream.index, clock, reads, writes)
+        self.num_queued[operation.kind, stream.name] += 1
+        operation.run = operation.run or (None if self.timing_only else run)
         if self.faults.armed:
             self.faults.arm(operation, self._lose)
         self.submit(operation)
+        if not self.timing_only:
+            number, clock = operation.number, self.knowledge(stream)
+            self.races.access(number, operation, stream.index, clock, reads, writes)
         return operation
 
     def record(self, stream: Stream) -> Record:
@@ -241,7 +279,7 @@ class Simulation:
                 self._step_or_stuck(f"{stream} is full")
         if stream.blocking or stream is self.legacy:
             follows = (*follows, *self._synchronised(stream))
-        self.trace.note("queue", operation)
+        self.trace.append(("queue", operation))
         self.schedule.submit(operation, follows)
 
     def knowledge(self, stream: Stream) -> Clock:
@@ -251,7 +289,8 @@ class Simulation:
             np.maximum(stream.clock, self._host_clock, out=stream.clock)
         return stream.clock
 
-    # -- inside --
+    def _order(self) -> Order:
+        return TimeOrder() if self.timing_only else RandomOrder(self.rng)
 
     def _synchronised(self, stream: Stream) -> list[Operation]:
         """What the legacy stream makes an operation follow."""
@@ -278,7 +317,7 @@ class Simulation:
         ready = self.schedule.ready
         if tasks and self.tasks:
             due = [task for task in self.tasks if task.due]
-            if due and (not ready or self.rng.random() < 0.3):
+            if due and (not ready or self.rng.random() < 0.1):
                 self._run_task(due[self.rng.randrange(len(due))])
                 return True
         if not ready:
@@ -304,13 +343,13 @@ class Simulation:
 
     def _run_next(self) -> None:
         operation = self.schedule.step()
-        self.trace.note("run", operation)
+        self.trace.append(("run", operation))
         record = operation.record
         if record is not None:
             record.failure, operation.stream.failure = operation.stream.failure, None
 
     def _run_task(self, task: Background) -> None:
-        self.trace.note("thread", task)
+        self.trace.append(("thread", task.name))  # which must not keep what it calls alive
         task.run(lambda: self.now)
 
     def _step_or_stuck(self, what: str) -> None:
@@ -323,9 +362,19 @@ class Simulation:
         raise TimeoutError(f"{what} within {timeout} s")
 
     def _stuck(self, what: str) -> None:
-        raise Stuck(f"{what}, and nothing can run (seed {self.seed})\n{self.trace.text(40)}")
+        raise Stuck(f"{what}, and nothing can run (seed {self.seed})\n{self.history(40)}")
+
+    def fail(self, operation: Operation, error: Exception) -> None:
+        """Let an operation that is to be queued fault, when it runs, and take the device along."""
+
+        def run() -> None:
+            self._lose(error)
+            raise error
+
+        operation.run = run
 
     def _lose(self, error: BaseException) -> None:
         """A fault that nothing queued survives."""
         self.lost = DeviceLostError(str(error))
-        self.schedule.abandon()
+        self.lost.__cause__ = error
+        self.schedule.lost = True

@@ -1,0 +1,426 @@
+"""Small schedules, each for a rule that a random one rarely puts to the test.
+
+Each takes a seed and raises AssertionError (a race included) or Stuck where a rule was broken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+from schedules import CROSSING_PATHS, HYBRID, NUM_BUFFERS, SINGLE
+
+from triton_offload.calibration import Path, PathTable
+from triton_offload.host_pool import HostPool
+from triton_offload.job import OffloadJob
+from triton_offload.layout import CacheLayout
+from triton_offload.offloader import KVOffloader, PoolFullError
+from triton_offload.pieces import SLICE_BYTES
+from triton_offload.pipeline import PipelineOptions
+from triton_offload.queue_manager import transfer_queue
+from triton_offload.specs import (
+    CPULoadStoreSpec,
+    GPULoadStoreSpec,
+    TransferResult,
+    TransferStatus,
+)
+from triton_offload.testing import Rates, SimulatedDevice
+from triton_offload.testing.engine import CacheShape, EngineMemory
+from triton_offload.testing.schedule import Stream
+
+SMALL = CacheShape()
+
+
+class Bench:
+    """A cache, a pool and a queue on a simulated device."""
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        seed: int,
+        shape: CacheShape = SMALL,
+        paths: Path | PathTable = Path.STAGED,
+        *,
+        max_indices: int = 1,
+        window_chunks: int | None = None,
+    ) -> None:
+        self.device = device
+        self.rng = random.Random(seed)
+        self.memory = EngineMemory(device, shape)
+        size = self.memory.layout.slot_bytes
+        options = PipelineOptions(
+            paths=paths if isinstance(paths, PathTable) else PathTable(paths),
+            buffer_bytes=size,
+            num_buffers=NUM_BUFFERS,
+            max_indices=max_indices,
+            window_bytes=window_chunks and window_chunks * size,
+        )
+        self.queue = transfer_queue(self.memory.layout, self.memory.pool, options=options)
+        self._num_groups = len(self.memory.layout.groups)
+
+    def fill(self) -> None:
+        """Let the engine write every page."""
+        for block in range(self.memory.shape.num_blocks):
+            self.memory.write(0, [block], self.rng)
+
+    def store(
+        self, blocks: range, slots: range, *, group: int = 0, stream: Stream | None = None
+    ) -> int:
+        """Whole chunks, into fresh slots."""
+        pages, chunks = np.array(blocks), np.array(slots)
+        self.memory.model_store(group, pages, chunks, 0, np.ones(len(chunks), dtype=np.bool_))
+        spec = CPULoadStoreSpec(chunks, True)
+        return self.queue.transfer_async(self._pages(blocks, group), spec, stream=stream)
+
+    def load(
+        self,
+        blocks: range,
+        slots: range,
+        *,
+        expedited: bool = False,
+        stream: Stream | None = None,
+    ) -> int:
+        self.memory.model_load(0, np.array(blocks), np.array(slots), 0)
+        return self.queue.transfer_async(
+            CPULoadStoreSpec(slots), self._pages(blocks, 0), expedited=expedited, stream=stream
+        )
+
+    def end(self, *job_ids: int) -> dict[int, TransferResult]:
+        """Wait for these jobs; what was reported up to then."""
+        self.queue.wait(job_ids)
+        return {result.job_id: result for result in self.queue.get_finished()}
+
+    def poll(self, job_id: int) -> TransferResult:
+        """The job's result, as soon as it is reported, by a host that only asks."""
+        for _ in range(2000):
+            for result in self.queue.get_finished():
+                if result.job_id == job_id:
+                    return result
+            self.device.sleep(0.001)
+        raise AssertionError(f"job {job_id} was never reported")
+
+    def _pages(self, blocks: range, group: int) -> GPULoadStoreSpec:
+        sizes = [len(blocks) if g == group else 0 for g in range(self._num_groups)]
+        return GPULoadStoreSpec(blocks, sizes, [0] * self._num_groups)
+
+
+@contextmanager
+def bench(seed: int, shape: CacheShape = SMALL, **options: object) -> Iterator[Bench]:
+    """A bench whose pages are written, and on which everything is checked at the end."""
+    with SimulatedDevice(seed) as device:
+        made = Bench(device, seed, shape, **options)  # type: ignore[arg-type]
+        made.fill()
+        yield made
+
+
+def _compute_for_ever(bench: Bench) -> None:
+    bench.device.faults.never_ends("engine writes")
+    bench.memory.write(0, [bench.memory.shape.num_blocks - 1], bench.rng)
+
+
+def earlier_compute_only(seed: int) -> None:
+    """Jobs end, one of them from the backlog, although the engine computes on and a later job
+    waits for that."""
+    options = {"window_chunks": 1} if seed % 2 else {"max_indices": 1 << 10}
+    with bench(seed, **options) as b:
+        jobs = [b.store(range(8), range(4)), b.store(range(8, 16), range(4, 8))]
+        _compute_for_ever(b)
+        b.store(range(16, 20), range(8, 10))
+        b.end(*jobs)
+        b.memory.host_reads(range(8))
+
+
+def pages_after_their_release(seed: int) -> None:
+    """The pages of a job that is mostly in the backlog are written as soon as they may be."""
+    with bench(seed, window_chunks=1) as b:
+        job = b.store(range(16), range(8))
+        while not b.queue.source_released(job):
+            b.device.sleep(0.001)
+        b.memory.write(0, range(16), b.rng)
+        b.end(job)
+        b.device.drain()
+        b.memory.check_all()
+
+
+def a_load_that_waits(seed: int) -> None:
+    """A load's scatter waits for compute: its copies do not, nor does any other lane."""
+    with bench(seed) as b:
+        b.end(b.store(range(8), range(4)), b.store(range(8, 12), range(4, 6)))
+        _compute_for_ever(b)
+        b.load(range(8), range(4))
+        b.device.drain()
+        assert b.device.to_device.busy > 0, "no chunk is in staging before compute has ended"
+        side = b.device.new_stream("another compute stream")
+        others = [
+            b.store(range(12, 16), range(6, 8), stream=side),
+            b.load(range(16, 20), range(4, 6), expedited=True, stream=side),
+        ]
+        results = b.end(*others)
+        assert all(results[job].success for job in others)
+
+
+def two_stores_of_a_slot(seed: int) -> None:
+    """The second one takes another path, so that it ends on another stream than the first."""
+    with bench(seed, paths=CROSSING_PATHS) as b:
+        b.store(range(8), range(4))
+        b.end(b.store(range(8, 10), range(3, 4)))
+        b.device.drain()
+        b.memory.check_all()
+
+
+def burst(seed: int) -> None:
+    """Far more work than a stream holds, at once."""
+    with bench(seed, SINGLE, max_indices=1 << 16) as b:
+        for _ in range(40):
+            b.store(range(12), range(12))
+        assert b.device.num_blocked == 0, "a submission blocked the host"
+
+
+def nobody_calls(seed: int) -> None:
+    """The engine submits, and never asks."""
+    with bench(seed, window_chunks=1) as b:
+        b.store(range(16), range(8))
+        for _ in range(300):
+            b.device.sleep(0.001)
+        b.device.drain()
+        b.memory.check_all()
+
+
+def capture(seed: int) -> None:
+    """The engine captures a graph: a transfer would become part of it."""
+    with bench(seed) as b:
+        b.device.is_capturing = True
+        before = b.device.num_operations
+        with suppress(RuntimeError):
+            b.store(range(2), range(1))
+        assert b.device.num_operations == before, "something was queued into a captured graph"
+
+
+def fails_half_way(seed: int) -> None:
+    """A job's second segment cannot be queued by any path while the first is under way. The pages
+    and slots are used by others the moment that the failure is reported."""
+    for path in Path:
+        with bench(seed, paths=path) as b:
+            b.end(b.store(range(8), range(4)))
+            storing = b.rng.random() < 0.5
+            kernel = "gather" if storing else "scatter"
+            broken = [kernel, "copy_batch"]
+            if path is Path.COPY_ENGINE:
+                broken.reverse()
+            b.device.faults.in_call(broken[0], 2)
+            b.device.faults.in_call(broken[1], 1)
+            if storing:
+                job = b.store(range(8, 16), range(4))
+                if b.rng.random() < 0.5:  # another lane is at the same slots at once
+                    b.load(range(16, 24), range(4))
+            else:
+                job = b.load(range(8, 16), range(4))
+            result = b.poll(job)
+            assert result.status is TransferStatus.FAILED
+            b.memory.write(0, range(8, 16), b.rng)
+            if storing:
+                b.load(range(8), range(4), expedited=True)
+                b.device.touch(reads=[b.memory.pool.slots[slot] for slot in range(4)])
+
+
+def fails_on_the_device(seed: int) -> None:
+    """An operation fails when it runs: then its job has, too."""
+    with bench(seed) as b:
+        b.device.faults.in_run(b.rng.choice(("gather", "copy")), b.rng.randint(1, 3))
+        job = b.store(range(8), range(4))
+        if b.end(job)[job].success:
+            b.memory.host_reads(range(4))
+
+
+def a_slot_after_a_failure(seed: int) -> None:
+    """A store fails before it has cleared its slots; the next one leaves nothing of what was
+    there."""
+    with bench(seed, HYBRID) as b:
+        b.end(b.store(range(8), range(4)))
+        b.device.faults.in_call("copy", 1, times=2)
+        job = b.store(range(8, 16), range(4), group=1)
+        assert not b.end(job)[job].success
+        b.end(b.store(range(8, 16), range(4), group=1))
+        b.memory.host_reads(range(4))
+
+
+def a_copy_that_never_ends(seed: int) -> None:
+    with bench(seed) as b:
+        b.device.faults.never_ends("copy", b.rng.randint(1, 4))
+        job = b.store(range(8), range(4))
+        try:
+            b.queue.wait([job], 0.5)
+        except TimeoutError:
+            pass
+        else:
+            raise AssertionError("wait returned, and the bytes have not landed")
+        assert not b.queue.get_finished(), "reported before it was over"
+        try:
+            b.queue.shutdown(0.5)
+        except TimeoutError:
+            pass
+        else:
+            raise AssertionError("shutdown returned, and a copy is under way")
+
+
+def waited_for(seed: int) -> None:
+    """Results stay after a wait, each once."""
+    with bench(seed) as b:
+        job = b.store(range(8), range(4))
+        b.queue.wait([job])
+        b.queue.wait([job])
+        results = [result.job_id for result in b.queue.get_finished()]
+        assert results == [job], f"expected the result of {job} once, got {results}"
+        assert not b.queue.get_finished(), "reported twice"
+
+
+def shutdown(seed: int) -> None:
+    """What has started lands before `shutdown` returns."""
+    with bench(seed, window_chunks=1 if seed % 2 else None) as b:
+        b.store(range(16), range(8))
+        b.queue.shutdown()
+        b.memory.host_reads(range(8))
+        assert not b.device.background_names, "a feeder still runs"
+        assert len(b.device.streams) == 2, "streams are still open"
+        try:
+            b.store(range(2), range(1))
+        except RuntimeError:
+            return
+        raise AssertionError("a job was accepted after shutdown")
+
+
+def small_copy_in_turn(seed: int) -> None:
+    """A copy engine that serves streams in turn: the engine's small copy waits for a slice."""
+    waited = _small_copy(PipelineOptions(path=Path.STAGED, buffer_bytes=4 * SLICE_BYTES), True)
+    slice_seconds = SLICE_BYTES / Rates().link
+    assert waited < 1.5 * slice_seconds, f"a small copy waited {waited / slice_seconds:.1f} slices"
+
+
+def small_copy_first_in_first_out(seed: int) -> None:
+    """One that serves first in, first out: it waits for what the window lets queue ahead."""
+    options = PipelineOptions(
+        path=Path.STAGED, buffer_bytes=SLICE_BYTES, window_bytes=2 * SLICE_BYTES
+    )
+    waited = _small_copy(options, False)
+    slice_seconds = SLICE_BYTES / Rates().link
+    assert waited < 2.5 * slice_seconds, f"a small copy waited {waited / slice_seconds:.1f} slices"
+
+
+def _small_copy(options: PipelineOptions, in_turn: bool) -> float:
+    """How long a copy of the engine's own waits that comes amid a big load, in seconds."""
+    with SimulatedDevice(timing_only=True, in_turn=in_turn) as device:
+        count, size = 128, 1 << 20
+        layout = CacheLayout([device.empty(count * size).view(count, size)], 1)
+        rows = torch.empty((count, size), dtype=torch.uint8)
+        device.register(rows)
+        pool = HostPool.from_tensor(device, rows, pinned=True)
+        queue = transfer_queue(layout, pool, options=options)
+        queue.transfer_async(CPULoadStoreSpec(range(count)), GPULoadStoreSpec(range(count)))
+        device.sleep(1e-4)
+        stream, landed = device.new_stream("the engine's copies"), device.new_event()
+        before = device.monotonic()
+        device.copy(device.empty(4096), rows[0, :4096], stream)
+        device.record(landed, stream)
+        device.synchronize(landed, None)
+        waited = device.monotonic() - before
+        queue.shutdown()
+        return waited
+
+
+def offloader(seed: int) -> None:
+    """A program that is its own engine, with a pool that holds little of what it stores: chunks
+    are evicted, stores fail, all is forgotten now and then."""
+    rng = random.Random(seed)
+    with SimulatedDevice(seed) as device:
+        pages = device.empty(16 * 32).view(16, 32)
+        options = PipelineOptions(path=Path.STAGED, buffer_bytes=64, num_buffers=NUM_BUFFERS)
+        program = _Program(device, pages, rng)
+        with KVOffloader([pages], 5 * 64, 2, options=options, device=device) as program.offloader:
+            for _ in range(60):
+                program.step()
+        assert not device.background_names
+
+
+def before_the_pool_is_pinned(seed: int) -> None:
+    """The first job is submitted while the pool is being pinned; zero copy was asked for."""
+    with SimulatedDevice(seed) as device:
+        pages = device.empty(16 * 32).view(16, 32)
+        options = PipelineOptions(path=Path.ZERO_COPY, buffer_bytes=64)
+        with KVOffloader([pages], 8 * 64, 2, options=options, device=device) as offloader:
+            job = offloader.store([b"a", b"b"], range(4))
+            job.block()
+            assert job.result is not None
+            assert job.result.success, f"the job failed: {job.result.error}"
+
+
+class _Program:
+    """Stores and loads chunks whose bytes tell their key."""
+
+    def __init__(self, device: SimulatedDevice, pages: torch.Tensor, rng: random.Random) -> None:
+        self.offloader: KVOffloader
+        self._device = device
+        self._pages = pages
+        self._rng = rng
+        self._jobs: list[tuple[OffloadJob, frozenset[int]]] = []  # and the blocks that it uses
+        self._blocks = itertools.cycle(range(0, 16, 2))
+
+    def step(self) -> None:
+        draw, offloader = self._rng.random(), self.offloader
+        keys = [bytes([i]) for i in self._rng.sample(range(1, 13), self._rng.randint(1, 2))]
+        if draw < 0.45:
+            self._store(keys)
+        elif draw < 0.8:
+            self._load([key for key in keys if offloader.lookup([key])])
+        elif draw < 0.9:
+            offloader.get_finished()
+        elif draw < 0.95 and self._jobs:
+            self._rng.choice(self._jobs)[0].block()
+        elif draw > 0.98:
+            offloader.reset()
+        offloader._manager._check()
+
+    def _store(self, keys: list[bytes]) -> None:
+        blocks = self._take_blocks(len(keys))
+        for key, block in zip(keys, blocks[::2], strict=True):
+            self._write(block, key[0])
+        if self._rng.random() < 0.1:
+            self._device.faults.in_run(self._rng.choice(("gather", "copy")))
+        with suppress(PoolFullError):
+            self._jobs.append((self.offloader.store(keys, blocks), frozenset(blocks)))
+
+    def _load(self, keys: list[bytes]) -> None:
+        if not keys:
+            return
+        blocks = self._take_blocks(len(keys))
+        job = self.offloader.load(keys, blocks)
+        self._jobs.append((job, frozenset(blocks)))
+        if self._rng.random() < 0.3:
+            job.block()
+            if job.result is not None and job.result.success:
+                for key, block in zip(keys, blocks[::2], strict=True):
+                    self._device.touch(reads=[self._pages[block : block + 2].view(-1)])
+                    found = self._pages[block : block + 2]
+                    assert (found == key[0]).all(), f"key {key[0]}: wrong bytes"
+
+    def _take_blocks(self, num_chunks: int) -> list[int]:
+        """The blocks that were used longest ago, once the jobs that use them are over."""
+        firsts = [next(self._blocks) for _ in range(num_chunks)]
+        blocks = [block for first in firsts for block in (first, first + 1)]
+        for job, used in self._jobs:
+            if not used.isdisjoint(blocks):
+                job.block()
+        self._jobs = [(job, used) for job, used in self._jobs if used.isdisjoint(blocks)]
+        return blocks
+
+    def _write(self, block: int, value: int) -> None:
+        page = self._pages[block : block + 2].view(-1)
+        self._device.launch(
+            "engine writes",
+            self._device.compute_stream,
+            writes=[page],
+            run=lambda: page.fill_(value),
+        )

@@ -1,0 +1,113 @@
+"""How long things take in a simulation of virtual time alone: predictions, not measurements."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from triton_offload.calibration import Path
+from triton_offload.host_pool import HostPool
+from triton_offload.layout import CacheLayout
+from triton_offload.pieces import SLICE_BYTES
+from triton_offload.pipeline import PipelineOptions
+from triton_offload.queue_manager import transfer_queue
+from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec
+from triton_offload.testing import SimulatedDevice
+
+PAGE_BYTES = 8 << 10
+TENSORS = 32
+SMALL_BYTES = 4 << 10
+
+
+class Engine:
+    """Decodes in small kernels, and copies 4 KiB on a stream of its own every 0.3 ms."""
+
+    def __init__(self, device: SimulatedDevice, direction: str) -> None:
+        host = torch.empty(SMALL_BYTES, dtype=torch.uint8)
+        device.register(host)
+        pair = device.empty(SMALL_BYTES), host
+        self._device = device
+        self._pair = pair if direction == "load" else pair[::-1]
+        self._copies = device.new_stream("engine copies")
+        self._small: list = []
+        self._task = device.background("engine", self._step)
+
+    def _step(self) -> float:
+        self._device.launch("decode", self._device.compute_stream, seconds=50e-6)
+        self._device.copy(*self._pair, self._copies)
+        self._small.append(self._copies.last)
+        return 300e-6
+
+    def stop(self) -> list[float]:
+        """How long each of its copies waited, in seconds."""
+        self._task.stop()
+        self._device.drain()
+        return [copy.start - copy.submitted for copy in self._small]
+
+
+def run_job(
+    direction: str,
+    num_bytes: int,
+    *,
+    in_turn: bool = True,
+    window_bytes: int | None = None,
+    beside: bool = False,
+) -> tuple[float, dict[str, float], list[float]]:
+    """(seconds of the job, seconds that each stage was busy, waits of the engine's copies)."""
+    device = SimulatedDevice(0, timing_only=True, in_turn=in_turn)
+    count = num_bytes // (TENSORS * PAGE_BYTES)
+    caches = [device.empty(count * PAGE_BYTES).view(count, PAGE_BYTES) for _ in range(TENSORS)]
+    layout = CacheLayout(caches)
+    rows = torch.empty(count, layout.slot_bytes, dtype=torch.uint8)
+    device.register(rows)
+    options = PipelineOptions(path=Path.STAGED, window_bytes=window_bytes)
+    pool = HostPool.from_tensor(device, rows, pinned=True)
+    queue = transfer_queue(layout, pool, options=options)
+    engine = Engine(device, direction) if beside else None
+    copies = device.to_device if direction == "load" else device.to_host
+    before = copies.busy
+    pages = GPULoadStoreSpec(np.random.default_rng(0).permutation(count))
+    slots = CPULoadStoreSpec(np.arange(count), fresh=True)
+    start = device.monotonic()
+    job = queue.transfer_async(*((slots, pages) if direction == "load" else (pages, slots)))
+    queue.wait([job])
+    seconds = device.monotonic() - start
+    (result,) = queue.get_finished()
+    assert result.success
+    assert result.num_bytes == num_bytes
+    stages = {
+        "copy": copies.busy - before,
+        "kernel": num_bytes / device.rates.kernel,
+    }
+    waits = engine.stop() if engine else []
+    queue.shutdown()
+    return seconds, stages, waits
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+@pytest.mark.parametrize("num_bytes", [65 << 20, 256 << 20, 4 << 30], ids=lambda n: f"{n >> 20}MiB")
+def test_a_job_takes_little_more_than_its_longest_stage(direction, num_bytes):
+    num_bytes -= num_bytes % (TENSORS * PAGE_BYTES)
+    seconds, stages, _ = run_job(direction, num_bytes)
+    assert seconds >= max(stages.values())
+    assert seconds <= 1.05 * max(stages.values())
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+def test_a_small_copy_waits_for_two_slices_where_streams_are_served_in_turn(direction):
+    _, _, waits = run_job(direction, 4 << 30, beside=True)
+    slice_seconds = SLICE_BYTES / 55e9
+    assert len(waits) > 200
+    assert max(waits) > 0.5 * slice_seconds  # it does meet the burst
+    assert max(waits) <= 2 * slice_seconds
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+def test_a_window_bounds_the_wait_where_the_engine_serves_first_in_first_out(direction):
+    window = 32 << 20
+    _, _, unbounded = run_job(direction, 4 << 30, in_turn=False, beside=True)
+    _, _, bounded = run_job(direction, 4 << 30, in_turn=False, window_bytes=window, beside=True)
+    slack = 20e-6  # each copy's launch
+    assert max(unbounded) > 10 * window / 55e9
+    assert max(bounded) <= window / 55e9 + slack

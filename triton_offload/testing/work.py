@@ -1,0 +1,53 @@
+"""What simulated kernels do, and how work is told to a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from triton_offload.kernels import reference
+from triton_offload.kernels.table import PageTable
+from triton_offload.specs import Ids
+from triton_offload.testing.places import Views
+
+
+def run_kernel(
+    kind: Literal["gather", "scatter"],
+    table: PageTable,
+    block_ids: torch.Tensor,
+    views: Views,
+    slot_ids: torch.Tensor,
+    first_block: int,
+) -> None:
+    """Move the pages, by the reference kernels. The ids are read now, and only now."""
+    places = first_block + np.arange(len(block_ids))
+    chunk, position = np.divmod(places, table.blocks_per_chunk)
+    blocks, slot_of_block = block_ids.numpy(), slot_ids.numpy()[chunk]
+    for pages, slot_pages in views:
+        reference.move_words(pages, blocks, slot_pages, slot_of_block, position, kind)
+
+
+class Launch(NamedTuple):
+    """What a kernel was given, for a reader."""
+
+    blocks: Ids
+    chunks: Ids
+    slots: torch.Tensor
+
+    def __str__(self) -> str:
+        count = f"{self.slots.shape[0]} slots at {self.slots.data_ptr():#x}"
+        return f"blocks {self.blocks.tolist()}, chunks {self.chunks.tolist()} of {count}"
+
+
+class Pair(NamedTuple):
+    """What a copy was given, for a reader."""
+
+    text: Callable[[torch.Tensor], str]
+    src: torch.Tensor
+    dst: torch.Tensor
+
+    def __str__(self) -> str:
+        return f"{self.text(self.src)} to {self.text(self.dst)}"
