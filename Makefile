@@ -17,19 +17,24 @@ OTHER_TRITON := 3.6.0
 OTHER_VLLM := 0.33.0
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench bench-check bench-gpu clean
+.PHONY: demo test check mutants soak bench bench-check bench-gpu clean
 
 demo: $(STAMPS)/package $(STAMPS)/model
 	$(BIN)/python -m triton_offload.demo
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
 	$(BIN)/python bench/regression.py
 
 check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# Takes away one rule after another, and writes into tests/README.md how each is caught.
+mutants: $(STAMPS)/package
+	$(BIN)/python tests/mutant_table.py
 
 # What this machine can measure, about five minutes; bench/out/report.md says what it could not.
 bench: $(STAMPS)/package $(STAMPS)/dev
@@ -42,6 +47,12 @@ bench-check: $(STAMPS)/package $(STAMPS)/dev
 # On a machine with a GPU, with the Python that is there: nothing is installed, nothing downloaded.
 bench-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/run.py --require-gpu
+
+# Serving on the simulated device and threads on the host device, so many seconds each: no wrong
+# byte, and nothing that grows.
+SECONDS ?= 600
+soak: $(STAMPS)/package $(STAMPS)/dev
+	$(BIN)/python tests/soak.py $(SECONDS)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist

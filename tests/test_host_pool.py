@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import os
-import stat
-import subprocess
-import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,30 +92,31 @@ def test_it_is_usable_while_it_is_being_pinned():
     pool.close()
 
 
-def test_a_shared_pool_is_private_to_its_user_and_outlives_its_name(tmp_path):
+def test_a_shared_pool_is_one_memory_for_all_its_ranks_and_has_no_name(tmp_path):
     path = str(tmp_path / "pool")
-    pool = HostPool.share(HostDevice(), 8, 64, path)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    with pytest.raises(FileExistsError):
-        HostPool.share(HostDevice(), 8, 64, path)
-    code = (
-        "import sys\n"
-        "from triton_offload.device.host import HostDevice\n"
-        "from triton_offload.host_pool import HostPool\n"
-        "pool = HostPool.attach(HostDevice(), 8, 64, sys.argv[1])\n"
-        "pool.slots[3] = 7\n"
-        "pool.close()\n"
-    )
-    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=120)
-    assert bool((pool.slots[3] == 7).all())
-    other = HostPool.attach(HostDevice(), 8, 64, path)
-    with pytest.raises(ValueError, match="path: expected a pool of 640 bytes, got 512"):
-        HostPool.attach(HostDevice(), 10, 64, path)
-    os.unlink(path)
+    with ThreadPoolExecutor() as threads:
+        size = HostDevice(), 8, 64, path, 3
+        attached = [threads.submit(HostPool.attach, *size) for _ in range(2)]
+        pool = HostPool.share(*size)
+        others = [future.result(60) for future in attached]
+    assert list(tmp_path.iterdir()) == []
+    assert not pool.slots.any()
     pool.slots[5] = 1
-    assert bool((other.slots[5] == 1).all())
-    pool.close()
-    other.close()
+    others[1].slots[3] = 7
+    assert bool((others[0].slots[5] == 1).all())
+    assert bool((pool.slots[3] == 7).all())
+    for each in (pool, *others):
+        assert each.slots.untyped_storage().nbytes() == 8 * 64
+        each.close()
+
+
+@pytest.mark.parametrize("make", [HostPool.share, HostPool.attach])
+def test_a_shared_pool_of_no_ranks_or_no_slots_is_refused(make, tmp_path):
+    path = str(tmp_path / "pool")
+    with pytest.raises(ValueError, match="num_ranks: expected at least 1, got 0"):
+        make(HostDevice(), 8, 64, path, 0)
+    with pytest.raises(ValueError, match="num_slots"):
+        make(HostDevice(), 0, 64, path, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
-    {"kernels.table", "specs", "sizes", "chunks", "policies", "models", "version"},
+    {"kernels.table", "specs", "sizes", "chunks", "policies", "models", "shared_memory", "version"},
     {"offloading_manager", "orphans"},
     {"kernels.tiling", "kernels.reference", "manager", "calibration", "stats"},
     {"calibration_file", "fitting"},
@@ -29,10 +29,12 @@ LAYERS = [
     {"pipeline"},
     {"worker"},
     {"queue_manager"},
-    {"testing.races", "testing.background", "testing.trace"},
+    {"testing.races", "testing.background"},
     {"testing.schedule"},
     {"testing.places", "testing.faults"},
+    {"testing.work"},
     {"testing.simulation"},
+    {"testing.controls"},
     {"testing.simulated"},
     {"testing"},
     {"testing.engine"},

@@ -281,6 +281,26 @@ def test_a_store_older_than_a_reset_does_not_complete_the_new_one(
     manager._check()
 
 
+def test_what_could_not_be_submitted_is_taken_back_from_the_new_chunk(policy: str) -> None:
+    manager = CPUOffloadingManager(4, policy)
+    store(manager, [A])
+    manager.prepare_load([A])
+    prepare(manager, [B])
+    manager.reset()
+    store(manager, [A])
+    manager.prepare_load([A])
+    prepare(manager, [B])
+    manager.complete_load([A], latest=True)
+    manager.complete_store([B], False, latest=True)
+    manager._check()
+    assert manager.num_pinned == 2  # what is older than the reset
+    manager.complete_store([B])
+    manager.complete_load([A])
+    manager._check()
+    assert manager.lookup_state(B) is ChunkState.MISSING
+    assert (manager.num_used, manager.num_pinned) == (1, 0)
+
+
 def test_events_are_merged_per_call(policy: str) -> None:
     manager = CPUOffloadingManager(2, policy, enable_events=True)
     store(manager, [A, B])

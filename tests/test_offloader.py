@@ -15,8 +15,10 @@ from triton_offload.calibration import Path
 from triton_offload.job import TransferFailedError
 from triton_offload.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.offloader import PoolFullError
+from triton_offload.pipeline import PipelineOptions
 from triton_offload.sizes import format_bytes, parse_bytes
 from triton_offload.specs import TransferStatus
+from triton_offload.testing import InjectedError, SimulatedDevice
 
 
 def caches(num_blocks: int = 64, layers: int = 3) -> dict[str, torch.Tensor]:
@@ -298,6 +300,23 @@ def test_reset_forgets_every_key_while_transfers_run(device):
         for name, tensor in kv.items():
             assert torch.equal(tensor[11:13], before[name][1:3])
             assert torch.equal(tensor[20], before[name][4])
+
+
+def test_a_store_after_a_reset_that_cannot_be_submitted_is_never_taken_for_the_one_before():
+    for seed in range(10):
+        with SimulatedDevice(seed) as device:
+            pages = device.empty(8 * 16).view(8, 16)
+            options = PipelineOptions(buffer_bytes=16, max_indices=1)
+            with KVOffloader([pages], 2 * 16, device=device, options=options) as offloader:
+                first = offloader.store([b"a"], [1])
+                offloader.reset()
+                device.faults.in_call("current_stream")
+                with pytest.raises(InjectedError):
+                    offloader.store([b"a"], [1])
+                offloader._check()
+                first.wait()
+                assert offloader.lookup([b"a"]) == 0  # its slot was never written
+                offloader._check()
 
 
 def test_wrong_use_is_refused_and_changes_nothing():

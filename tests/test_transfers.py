@@ -220,6 +220,40 @@ def test_a_load_submitted_behind_a_store_of_the_same_slots_reads_what_it_wrote()
     world.close()
 
 
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_many_scattered_chunks_leave_in_batches_of_a_slice(monkeypatch, adjacent):
+    slot_bytes = 64 + 32
+    monkeypatch.setattr("triton_offload.pieces.SLICE_BYTES", 5 * slot_bytes)
+    world = World.build(
+        [random_pages(64, 64, 64, 0, 5), random_pages(64, 32, 48, 8, 6)],
+        num_slots=64,
+        options=PipelineOptions(path=Path.STAGED, buffer_bytes=32 * slot_bytes),
+    )
+    batches: list[list[int]] = []
+    copy_batch = world.pool.device.copy_batch
+
+    def watched(dst, src, sizes, stream):
+        batches.append(sizes.tolist())
+        copy_batch(dst, src, sizes, stream)
+
+    monkeypatch.setattr(world.pool.device, "copy_batch", watched)
+    blocks = list(range(40))
+    slots = list(range(40)) if adjacent else sample(random.Random(0), 64, 40, False)
+    expected = world.after_store(world.pool.slots, 0, blocks, slots, 0, [True] * 40)
+    world.finish(world.queue.transfer_async(*store_specs(world, 0, blocks, slots, 0, True)))
+    assert torch.equal(world.pool.slots, expected)
+    loaded = world.expect_load(0, blocks[::-1], slots, 0)
+    world.finish(world.queue.transfer_async(*load_specs(world, 0, blocks[::-1], slots, 0)))
+    for tensor, wanted in zip(world.tensors, loaded, strict=True):
+        assert torch.equal(storage_of(tensor), wanted)
+    if adjacent:
+        assert batches == []
+    else:
+        assert sum(map(sum, batches)) == 2 * 40 * slot_bytes
+        assert max(map(sum, batches)) == 5 * slot_bytes
+    world.close()
+
+
 def test_no_copy_crosses_a_piece_that_is_pinned_on_its_own():
     world = World.build([random_pages(NUM_BLOCKS, 64, 64, 0, 5)], num_slots=16)
     world.pool.piece_slots = 4

@@ -6,12 +6,13 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 
+from triton_offload import shared_memory
 from triton_offload.device.base import Background, Device
 
 # One cudaHostRegister of 512 GiB or more always fails, and each stalls the process for 0.1 s a GB.
@@ -41,7 +42,7 @@ class HostPool:
         self._registered: list[torch.Tensor] = []
         self._ready = not owned
         self._closing = False
-        self._steps: Iterator[None] = iter(())
+        self._steps: Generator[None] | None = None
         self._preparing: Background | None = None
         if owned:
             self.piece_slots = _piece_slots(self.num_slots, self.slot_bytes)
@@ -56,37 +57,45 @@ class HostPool:
         return cls(device, _as_slots(memory, num_slots, slot_bytes), owned=True, pinned=False)
 
     @classmethod
-    def share(cls, device: Device, num_slots: int, slot_bytes: int, path: str) -> HostPool:
-        """A pool that other processes `attach` by `path` (in /dev/shm, say).
+    def share(
+        cls,
+        device: Device,
+        num_slots: int,
+        slot_bytes: int,
+        path: str,
+        num_ranks: int,
+        timeout: float = 60.0,
+    ) -> HostPool:
+        """A pool that `num_ranks` processes of one user map: one calls this, the others `attach`.
 
-        The file is created exclusively with mode 0600. Unlink it (`os.unlink`) as soon as every
-        process has attached: the mappings stay, and the memory goes with the last of them.
+        `path`: a name in /dev/shm, say, that nothing has yet; it is there until all have come, and
+        with mode 0600. Blocks for that long, at most `timeout` seconds. Raises FileExistsError,
+        TimeoutError where a rank does not come, OSError where memory is out; the file is gone
+        then too. The memory goes with the last process, however that ends.
         """
+        _check_ranks(num_ranks)
         _check_sizes(num_slots, slot_bytes)
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.ftruncate(handle, num_slots * slot_bytes)
-            memory = mmap.mmap(handle, num_slots * slot_bytes)
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(handle)
+        memory = shared_memory.create(path, num_slots * slot_bytes, num_ranks, timeout)
         return cls(device, _as_slots(memory, num_slots, slot_bytes), owned=True, pinned=False)
 
     @classmethod
-    def attach(cls, device: Device, num_slots: int, slot_bytes: int, path: str) -> HostPool:
-        """The pool that another process made with `share`."""
+    def attach(
+        cls,
+        device: Device,
+        num_slots: int,
+        slot_bytes: int,
+        path: str,
+        num_ranks: int,
+        timeout: float = 60.0,
+    ) -> HostPool:
+        """The pool that another process makes with `share`, before or after this call.
+
+        Blocks until all ranks have come. Raises ValueError for another size, PermissionError for a
+        file that is not this user's alone, TimeoutError, RuntimeError where another rank gave up.
+        """
+        _check_ranks(num_ranks)
         _check_sizes(num_slots, slot_bytes)
-        size = num_slots * slot_bytes
-        handle = os.open(path, os.O_RDWR)
-        try:
-            found = os.fstat(handle).st_size
-            if found != size:
-                raise ValueError(f"path: expected a pool of {size} bytes, got {found} in {path}")
-            memory = mmap.mmap(handle, size)
-        finally:
-            os.close(handle)
+        memory = shared_memory.join(path, num_slots * slot_bytes, num_ranks, timeout)
         return cls(device, _as_slots(memory, num_slots, slot_bytes), owned=True, pinned=False)
 
     @classmethod
@@ -119,16 +128,23 @@ class HostPool:
             self.device.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
-        """Unpin. Idempotent; the memory goes when the last tensor over it does."""
+        """Unpin. Idempotent; the memory goes when the last tensor over it does.
+
+        What unpinning a piece raises is raised when the others are unpinned.
+        """
         self._closing = True
         if self._preparing is not None:
             self._preparing.stop()
+        if self._steps is not None:
+            self._steps.close()  # its threads end here, not when they are collected
         self._pinned = False
-        while self._registered:
-            self.device.unregister(self._registered.pop())
+        with ExitStack() as rest:
+            while self._registered:
+                rest.callback(self.device.unregister, self._registered.pop())
 
     def _step(self) -> float:
         """One piece more. Whatever goes wrong, the pool is as good as before, but not pinned."""
+        assert self._steps is not None
         try:
             next(self._steps)
         except StopIteration:
@@ -140,7 +156,7 @@ class HostPool:
         self._ready = True
         return math.inf
 
-    def _prepare(self) -> Iterator[None]:
+    def _prepare(self) -> Generator[None]:
         """Touch the pages in parallel, then pin piece by piece."""
         pieces = torch.split(self.slots, self.piece_slots)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -155,6 +171,11 @@ class HostPool:
         # Never by writing: transfers are already under way.
         if not self._closing:
             _populate(piece)
+
+
+def _check_ranks(num_ranks: int) -> None:
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks: expected at least 1, got {num_ranks}")
 
 
 def _check_sizes(num_slots: int, slot_bytes: int) -> None:

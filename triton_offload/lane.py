@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from triton_offload.calibration import Path, PathTable
@@ -31,8 +32,9 @@ class Job:
     """One transfer, from submission to its report.
 
     `compute`: what was queued on the engine's stream at submission. `after`: jobs of other lanes
-    on the same slots. `queued`: all of it is queued, or it has failed. `finished`: nothing of it
-    touches a page or a slot any more, and `result` says how it ended.
+    on the same slots. `start`: None where it could not be marked, and the job is not timed.
+    `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page or a
+    slot any more, and `result` says how it ended.
     """
 
     job_id: int
@@ -49,6 +51,7 @@ class Job:
     start: Event | None = None
     end: Event | None = None
     last: Queued | None = None
+    started: bool = False
     queued: bool = False
     finished: bool = False
     cancelled: bool = False
@@ -60,8 +63,10 @@ class Job:
         return sum(run.num_bytes for run in self.runs)
 
     @property
-    def started(self) -> bool:
-        return self.start is not None
+    def released(self) -> Event | None:
+        """Once all of it is queued: what its pages are the engine's after (ordering rule 3)."""
+        # Of a job that failed, what came after its last whole segment may still touch them.
+        return self.end if self.last is None or self.error is not None else self.last.released
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ class Lane:
         self.direction = direction
         self.paths = paths
         self.finished: list[Job] = []  # to be reported
-        self.lost: BaseException | None = None
+        #: why nothing can be queued any more
+        self.lost: DeviceLostError | None = None
         self._device = device
         self._layout = layout
         self._table = table
@@ -124,6 +130,7 @@ class Lane:
         self._sequence = 0
         self._broken: set[Path] = set()
         self._last_path: Path | None = None
+        self._drained = False  # lost, but all that was queued has ended well or not
 
     @property
     def has_backlog(self) -> bool:
@@ -160,18 +167,21 @@ class Lane:
         self._retire()
         while self._backlog:
             job = self._backlog[0]
-            if self.lost is not None:
-                job.error = job.error or DeviceLostError(f"the device was lost: {self.lost}")
-            elif not job.cancelled:
+            if self.lost is None and not job.cancelled:
                 if not all(other.queued for other in job.after):
                     return  # its events are not recorded yet
                 try:
                     if not self._queue_job(job):
                         return
-                except DeviceLostError:
-                    continue
+                except Exception as error:  # ends the job, not its caller and not the feeder
+                    job.error = error
             self._backlog.popleft()
             self._end(job)
+
+    def close(self) -> None:
+        """Free the streams and the buffers; everything queued has ended. Idempotent."""
+        self._indices.close()
+        self.paths.close()
 
     def _queue_job(self, job: Job) -> bool:
         """Queue the job's segments; False where the rest must wait for room."""
@@ -187,13 +197,17 @@ class Lane:
         return True
 
     def _start(self, job: Job) -> None:
+        job.started = True
         try:
-            job.start = self._device.new_event(timed=True)
+            start = self._device.new_event(timed=True)
             # The stream that the job's first operation is queued on tells when it starts.
             first = self.paths.copies if self._starts_on_copies(job) else self.paths.kernels
-            self._device.record(job.start, first)
-        except Exception as error:
-            self._lose(error)
+            self._device.record(start, first)
+            job.start = start
+        except DeviceLostError:
+            raise
+        except Exception:
+            pass  # no reason to fail a job whose bytes may still land
         job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
         ends = [other.end for other in job.after if not other.finished and other.end is not None]
         job.slots = Gate(self._device, ends)
@@ -223,7 +237,9 @@ class Lane:
     def _allowed(self, path: Path) -> Path:
         if path is Path.ZERO_COPY and not self._zero_copy_allowed():
             path = Path.STAGED
-        return _FALLBACK[path] if path in self._broken else path
+        while path in self._broken:  # ends, for `_abandon` leaves one that is not
+            path = _FALLBACK[path]
+        return path
 
     def _has_room(self, run: GroupRun) -> bool:
         if not self._in_flight:
@@ -259,33 +275,47 @@ class Lane:
 
     def _abandon(self, job: Job, piece: _Piece, path: Path, error: Exception) -> None:
         """A segment was not queued, or only in part: settle, and let it try another path once."""
-        try:
-            ends = self.paths.settle()
-        except Exception as settle_error:
-            self._lose(settle_error)
-        self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
-        if path is not piece.path or _FALLBACK[path] in self._broken:
+        ends = self._settle()
+        if not ends:  # no path is any better
             job.error = error
-        else:
+            return
+        self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
+        stands_in = _FALLBACK[path]
+        if path is not piece.path or stands_in in self._broken:
+            job.error = error
+        # Of staged and copy engine, each other's fallback, one is kept, for better times.
+        if path is Path.ZERO_COPY or stands_in not in self._broken:
             self._broken.add(path)
 
     def _end(self, job: Job) -> None:
         """Everything of the job is queued: mark the end, which later jobs may wait for."""
         job.queued = True
-        if self.lost is not None:
+        ends: tuple[Event, ...] = ()
+        if self.lost is None and job.error is None:
+            try:
+                event = self._device.new_event(timed=True)
+                stream = self.paths.kernels if self._ends_on_kernels(job) else self.paths.copies
+                self._device.record(event, stream)
+                ends = (event,)
+            except Exception as error:
+                job.error = error
+        if self.lost is None and job.error is not None:
+            ends = self._settle()  # what was queued of it may be on both streams
+        if not ends:
+            self._retire()  # the lane's earlier jobs are reported before this one
+            job.error = job.error or self.lost
             self._finish(job)
             return
+        job.end = ends[-1]
+        self._fly(_InFlight(job, ends, job.end, 3, 0, False, True))
+
+    def _settle(self) -> tuple[Event, ...]:
+        """Events after all that is queued on either stream; none where the lane is lost."""
         try:
-            ends = self.paths.settle() if job.error is not None else ()
-            job.end = self._device.new_event(timed=True)
-            stream = self.paths.kernels if self._ends_on_kernels(job) else self.paths.copies
-            self._device.record(job.end, stream)
+            return self.paths.settle()
         except Exception as error:
-            job.error = job.error or error
-            self.lost = self.lost or error
-            self._finish(job)
-            return
-        self._fly(_InFlight(job, (*ends, job.end), job.end, 3, 0, False, True))
+            self._lose(error)
+            return ()
 
     def _ends_on_kernels(self, job: Job) -> bool:
         if self._last_path is Path.STAGED:
@@ -300,16 +330,10 @@ class Lane:
     def _retire(self) -> None:
         while self._in_flight:
             work = self._in_flight[0]
-            if self.lost is None:
-                try:
-                    if not self._device.query(work.done):
-                        return
-                except Exception as error:
-                    work.job.error = work.job.error or error
-                    if isinstance(error, DeviceLostError):
-                        self.lost = error
+            if not self._is_over(work.done, work.job):
+                return
             for event in work.events:
-                self._note_failure(work.job, event)
+                self._is_over(event, work.job)
             self._in_flight.popleft()
             self._num_ops -= work.num_ops
             self._num_bytes -= work.num_bytes
@@ -318,14 +342,33 @@ class Lane:
             if work.ends:
                 self._finish(work.job)
 
-    def _note_failure(self, job: Job, event: Event) -> None:
-        if self.lost is not None:
+    def _is_over(self, event: Event, job: Job) -> bool:
+        """Whether nothing queued before the event runs any more; what failed of it is the job's."""
+        if self.lost is not None and not self._drained:
             job.error = job.error or self.lost
-            return
+            return True
         try:
-            self._device.query(event)
+            return self._is_reached(event)
+        except DeviceLostError as error:
+            self._lose(error)
+            job.error = job.error or self.lost
         except Exception as error:
             job.error = job.error or error
+        return True
+
+    def _is_reached(self, event: Event) -> bool:
+        """Raises what failed before it, once it is reached."""
+        try:
+            return self._device.query(event)
+        except DeviceLostError:
+            raise
+        except Exception:
+            # Something failed and is over, or the query did, and pages may still be touched.
+            try:
+                self._device.synchronize(event, 0.0)
+            except TimeoutError:
+                return False
+            return True
 
     def _finish(self, job: Job) -> None:
         """Ordering rule 9: its last event was reached, or the device is lost."""
@@ -335,13 +378,44 @@ class Lane:
         elif job.error is not None:
             job.result = TransferResult(job.job_id, TransferStatus.FAILED, error=job.error)
         else:
-            seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
+            seconds = 0.0
+            with suppress(Exception):  # the bytes have landed
+                seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
             job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
+        if job.error is not None:
+            self.paths.distrust()
         job.pieces = None
         job.after.clear()
         self.finished.append(job)
 
-    def _lose(self, error: BaseException) -> None:
-        """Not even an event can be recorded: nothing queued here will ever be known to end."""
-        self.lost = error
-        raise DeviceLostError(f"the device was lost: {error}") from error
+    def _check(self) -> None:
+        """Asserts that every job is in one place, in order, and that all is counted."""
+        flying = [work.job.sequence for work in self._in_flight]
+        waiting = [job.sequence for job in self._backlog]
+        assert flying == sorted(flying)
+        assert waiting == sorted(set(waiting))
+        assert not flying or not waiting or flying[-1] <= waiting[0]
+        assert not any(job.queued or job.finished for job in self._backlog)
+        assert not any(job.started for job in list(self._backlog)[1:])
+        assert not any(work.job.finished for work in self._in_flight)
+        assert all(work.job.queued for work in self._in_flight if work.ends)
+        assert self._num_ops == sum(work.num_ops for work in self._in_flight)
+        assert self._num_bytes == sum(work.num_bytes for work in self._in_flight)
+        assert len(self._indices._taken) == sum(work.holds_ids for work in self._in_flight)
+        self._indices._check()
+        self.paths._ring._check()
+
+    def _lose(self, error: Exception) -> None:
+        """Nothing that is queued here from now on would ever be known to end."""
+        self._drained = False
+        if isinstance(error, DeviceLostError):
+            self.lost = error
+            return
+        # Not even an event can be recorded, and yet the device may work: what touches pages must
+        # end before its job is reported, and only draining the streams still tells that it has.
+        # Where the device is lost, draining returns at once.
+        self.lost = DeviceLostError(f"the device was lost: {error}")
+        self.lost.__cause__ = error
+        with suppress(Exception):
+            self.paths.close_streams()
+            self._drained = True

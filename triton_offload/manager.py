@@ -6,6 +6,7 @@ protects the slots it uses), carried out elsewhere, and completed here (which re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 
@@ -47,7 +48,7 @@ class CPUOffloadingManager(OffloadingManager):
 
     The slot of a chunk that a reset dropped with transfers under way is not given out before these
     are completed. A completion only names its key: where that has been stored anew since, the
-    first completions count for the old chunk, for loads and stores each.
+    first completions (but `latest` ones) count for the old chunk, for loads and stores each.
 
     Raises ValueError if `num_chunks` or `blocks_per_chunk` isn't positive, or on an unknown policy.
     """
@@ -175,16 +176,19 @@ class CPUOffloadingManager(OffloadingManager):
             pending_keys=tuple(pending),
         )
 
-    def complete_store(self, keys: Sequence[Key], success: bool = True) -> None:
+    def complete_store(
+        self, keys: Sequence[Key], success: bool = True, *, latest: bool = False
+    ) -> None:
         if len(set(keys)) != len(keys):
             raise _named_twice(keys)
-        live = self._orphans.without(keys, Direction.STORE) if self._orphans else keys
+        older = None if latest or not self._orphans else self._orphans
+        live = older.without(keys, Direction.STORE) if older else keys
         storing, partial = self._storing, self._partial
         if not all(map(storing.__contains__, live)):
             wrong = next(key for key in live if key not in storing)
             raise ValueError(f"keys: expected keys that are being stored, got {wrong!r}")
-        if self._orphans:
-            self._slots.put(self._orphans.complete(keys, Direction.STORE))
+        if older:
+            self._slots.put(older.complete(keys, Direction.STORE))
         masks = list(map(storing.pop, live))
         stored: Sequence[Key] = live  # for the first time
         idle: list[Key] = []  # extended ones that are idle again
@@ -220,8 +224,9 @@ class CPUOffloadingManager(OffloadingManager):
         self._num_busy += len(idle)
         return CPULoadStoreSpec(np.array([self._slot_of[key] for key in keys], dtype=np.int64))
 
-    def complete_load(self, keys: Sequence[Key]) -> None:
-        live = self._orphans.without(keys, Direction.LOAD) if self._orphans else keys
+    def complete_load(self, keys: Sequence[Key], *, latest: bool = False) -> None:
+        older = None if latest or not self._orphans else self._orphans
+        live = older.without(keys, Direction.LOAD) if older else keys
         loading, storing = self._loading, self._storing
         idle: list[Key] = []
         for i, key in enumerate(live):
@@ -234,8 +239,8 @@ class CPUOffloadingManager(OffloadingManager):
                 raise ValueError(f"keys: expected keys that are being loaded, got {key!r}")
             elif key not in storing:
                 idle.append(key)
-        if self._orphans:
-            self._slots.put(self._orphans.complete(keys, Direction.LOAD))
+        if older:
+            self._slots.put(older.complete(keys, Direction.LOAD))
         self._num_busy -= len(idle)
         self._policy.release(idle)
 
@@ -296,6 +301,11 @@ class CPUOffloadingManager(OffloadingManager):
         self._slots._check(used=[*self._slot_of.values(), *self._orphans.slots])
         ready = {key for key in keys if self._loadable(key)}
         self._policy._check(free=ready - busy, held=ready & busy)
+
+    def _pins(self) -> tuple[Counter[Key], Counter[Key]]:
+        """How many loads and stores hold each key, chunks that a reset dropped included."""
+        loads = Counter(self._loading) + self._orphans._pins(Direction.LOAD)
+        return loads, Counter(self._storing.keys()) + self._orphans._pins(Direction.STORE)
 
 
 def _named_twice(keys: Sequence[Key]) -> ValueError:

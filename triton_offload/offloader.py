@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -144,7 +145,8 @@ class KVOffloader:
         already are not moved again; those that another job is storing, the job waits for.
 
         Raises PoolFullError where nothing more can be evicted, ValueError for wrong arguments,
-        RuntimeError when closed; nothing has changed then.
+        RuntimeError when closed; nothing has changed then. Raises what the device does, too, where
+        it refuses the store; no more has changed then than that chunks may have been evicted.
         """
         with self._lock:
             span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
@@ -177,7 +179,7 @@ class KVOffloader:
                     self._add(job, transfer)
             except BaseException as error:
                 if not job._transfers:
-                    self._manager.complete_store(job._keys, success=False)
+                    self._manager.complete_store(job._keys, success=False, latest=True)
                     raise
                 # Part of it is under way: it ends as failed when that has ended.
                 job._parts.append(TransferResult(job.job_id, TransferStatus.FAILED, error=error))
@@ -220,7 +222,7 @@ class KVOffloader:
                     )
                     self._add(job, transfer)
             except BaseException:
-                self._manager.complete_load(stored)
+                self._manager.complete_load(stored, latest=True)
                 raise
             self._settle(job)
             return job
@@ -302,7 +304,7 @@ class KVOffloader:
         """Cancel what has not started, drain the rest, free the pool. Idempotent.
 
         Jobs keep their results. Raises TimeoutError where the device does not finish; a later call
-        tries again.
+        tries again. Other errors of the device are raised when all that can be freed is.
         """
         with self._lock:
             if self._freed:
@@ -313,8 +315,10 @@ class KVOffloader:
         self._queue.wait(transfers, timeout)
         with self._lock:
             self._collect()
-        self._queue.shutdown(timeout)
-        self._pool.close()
+        try:
+            self._queue.shutdown(timeout)
+        finally:
+            self._pool.close()  # every job has ended, whatever else went wrong
         self._freed = True
 
     def __enter__(self) -> KVOffloader:
@@ -428,3 +432,25 @@ class KVOffloader:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the offloader is closed")
+
+    def _check(self) -> None:
+        """Asserts that transfers, jobs, keys and pins belong together."""
+        with self._lock:
+            self._manager._check()
+            self._queue._check()
+            assert self._jobs.keys() == self._queue._worker_of.keys()
+            under_way = set(self._jobs.values())
+            pinned: dict[Direction, Counter[Key]] = {each: Counter() for each in Direction}
+            for job in under_way:
+                assert job._result is None
+                assert job._transfers == {t for t, owner in self._jobs.items() if owner is job}
+                pinned[job.direction].update(job._keys)
+            # Every pin is that of a job under way, and the other way round.
+            assert self._manager._pins() == (pinned[Direction.LOAD], pinned[Direction.STORE])
+            for key, job in self._storing.items():
+                assert job in under_way, "a job that ended is still storing"
+                assert key in job._keys
+            for job in self._waiting:
+                assert not job._transfers
+                assert job._result is None
+                assert any(other._result is None for other in job._others)

@@ -87,8 +87,13 @@ class OffloadingManager(ABC):
         """
 
     @abstractmethod
-    def complete_store(self, keys: Sequence[Key], success: bool = True) -> None:
+    def complete_store(
+        self, keys: Sequence[Key], success: bool = True, *, latest: bool = False
+    ) -> None:
         """Ends the stores of `keys`; a failed one leaves nothing behind that could be loaded.
+
+        Where a reset lies between two stores of a key, it is the first one that ends; the last one
+        if `latest`: for a store that was prepared and could not be submitted.
 
         Raises ValueError on a key that isn't being stored, or that is given twice.
         """
@@ -103,8 +108,9 @@ class OffloadingManager(ABC):
         """
 
     @abstractmethod
-    def complete_load(self, keys: Sequence[Key]) -> None:
-        """Takes back one pin of each key. Raises ValueError on a key that has none."""
+    def complete_load(self, keys: Sequence[Key], *, latest: bool = False) -> None:
+        """Takes back one pin of each key; `latest` as for stores. Raises ValueError on a key that
+        has none."""
 
     @abstractmethod
     def take_events(self) -> list[OffloadingEvent]:

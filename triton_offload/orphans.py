@@ -61,6 +61,13 @@ class Orphans:
         self._slots.difference_update(freed)
         return freed
 
+    def _pins(self, direction: Direction) -> Counter[Key]:
+        """How many transfers in that direction hold each key."""
+        pins: Counter[Key] = Counter()
+        for key, orphans in self._of.items():
+            pins[key] += sum(left[direction] for _, left in orphans)
+        return pins
+
     def _check(self) -> None:
         """Asserts that each slot is here once, and because of a transfer."""
         listed = [slot for orphans in self._of.values() for slot, _ in orphans]

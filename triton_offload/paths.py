@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +14,21 @@ from triton_offload.device.base import Device, Event, Stream
 from triton_offload.host_pool import HostPool
 from triton_offload.kernels.table import PageTable
 from triton_offload.layout import CacheLayout, GroupRun
-from triton_offload.pieces import Pair, addresses, positions, whole_chunks, zeros_over
+from triton_offload.pieces import (
+    SLICE_BYTES,
+    Pair,
+    addresses,
+    chunk_batches,
+    num_copies,
+    positions,
+    whole_chunks,
+    zeros_over,
+)
 from triton_offload.specs import Direction
 from triton_offload.staging import StagingBuffer, StagingRing
 
 _ZEROS_BYTES = 1 << 20
+_MANY_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +105,9 @@ class PathQueue:
     ) -> None:
         self._device = device
         self._pool = pool
+        self._direction = direction
         self._ring = StagingRing(device, num_buffers, buffer_bytes)
-        # A scatter waits behind prefill kernels otherwise: 1.6 ms each in the field.
-        self.kernels = device.new_stream(f"{name}-kernels", high_priority=True)
-        self.copies = device.new_stream(f"{name}-copies")
         self._zeros = device.empty(min(_ZEROS_BYTES, pool.slot_bytes))
-        device.fill_zero(self._zeros, self.kernels)
         # Chunk i of a segment lies in slot i of its staging buffer.
         self._places = device.empty_indices(
             max(buffer_bytes // group.packed.slot_bytes for group in layout.groups)
@@ -108,7 +116,16 @@ class PathQueue:
         for group in layout.groups:
             device.prepare(group.packed, self._ring.take().slots(group.packed))
             device.prepare(group.table, pool.slots)
-        self.settle()
+        with ExitStack() as undo:
+            # A scatter waits behind prefill kernels otherwise: 1.6 ms each in the field.
+            self.kernels = device.new_stream(f"{name}-kernels", high_priority=True)
+            undo.callback(device.close_stream, self.kernels)
+            self.copies = device.new_stream(f"{name}-copies")
+            undo.callback(device.close_stream, self.copies)
+            device.fill_zero(self._zeros, self.kernels)
+            # Slots are cleared with these zeros: no job would tell that there are none.
+            device.synchronize(self._record(self.kernels), None)
+            self._open = undo.pop_all()
         if direction is Direction.STORE:
             self._queue = {
                 Path.STAGED: self._store_staged,
@@ -144,9 +161,21 @@ class PathQueue:
         self._device.wait(self.copies, ends[0])
         return (*ends, self._record(self.copies))
 
+    def distrust(self) -> None:
+        """Something failed: what the staging buffers were cleared for may not be so."""
+        self._ring.distrust()
+
+    def close_streams(self) -> None:
+        """Drain and free both. Idempotent; what closing one raises is raised when both are."""
+        self._open.close()
+
     def close(self) -> None:
-        self._device.close_stream(self.kernels)
-        self._device.close_stream(self.copies)
+        """`close_streams`, and free the buffers; everything queued has ended. Idempotent."""
+        try:
+            self.close_streams()
+        finally:
+            self._ring.close()
+            self._zeros = torch.empty(0, dtype=torch.uint8)
 
     # -- staged --
 
@@ -181,9 +210,7 @@ class PathQueue:
                 there = positions(slot, theirs, begin, end)
                 device.copy(there, positions(staging[chunk], ours, begin, end), self.copies)
                 ops += 1
-        for there, here in whole_chunks(run, self._pool, staging, segment.marks.kept):
-            device.copy(there, here, self.copies)
-            ops += 1
+        ops += self._copy_chunks(run, staging, segment.marks.kept)
         done = self._record(self.copies)
         buffer.free_after = done
         return Queued(gathered, done, (gathered, done), ops)
@@ -193,11 +220,8 @@ class PathQueue:
         buffer = self._take_buffer(self.copies)
         staging = buffer.slots(packed)
         slots.hold(self.copies)  # ordering rule 6
-        ops = 5
         # Ordering rule 2: into private staging at once; only the scatter waits for compute.
-        for there, here in whole_chunks(run, self._pool, staging):
-            device.copy(here, there, self.copies)
-            ops += 1
+        ops = 5 + self._copy_chunks(run, staging, ())
         copied = self._record(self.copies)
         device.wait(self.kernels, copied)
         pages.hold(self.kernels)  # ordering rule 2
@@ -254,6 +278,29 @@ class PathQueue:
         if buffer.free_after is not None:
             self._device.wait(stream, buffer.free_after)
         return buffer
+
+    def _copy_chunks(self, run: GroupRun, staging: torch.Tensor, skip: tuple[int, ...]) -> int:
+        """Whole chunks, but those to skip, between staging and slots; how many copies."""
+        device, stores = self._device, self._direction is Direction.STORE
+        ops = 0
+        # One call each costs the caller some 10 us, a range of a batch 0.5. Pageable memory, and
+        # slots that must be cut in slices, are left to plain copies.
+        if (
+            device.batches_copies
+            and self._pool.pinned
+            and run.group.packed.slot_bytes <= SLICE_BYTES
+            and num_copies(run, self._pool, skip) > _MANY_COPIES
+        ):
+            for slots, buffer, sizes in chunk_batches(run, self._pool, staging, skip):
+                ends = (slots, buffer) if stores else (buffer, slots)
+                device.copy_batch(*ends, sizes, self.copies)
+                ops += 1
+            return ops
+        for there, here in whole_chunks(run, self._pool, staging, skip):
+            pair = (there, here) if stores else (here, there)
+            device.copy(*pair, self.copies)
+            ops += 1
+        return ops
 
     def _clear(self, segment: Segment, stream: Stream, chunks: tuple[int, ...]) -> int:
         """Zero whole slots in the pool, so that no byte of an earlier chunk stays readable."""

@@ -39,6 +39,33 @@ def whole_chunks(
             yield from _slices(there, here)
 
 
+def num_copies(run: GroupRun, pool: HostPool, skip: tuple[int, ...] = ()) -> int:
+    """How many copies `whole_chunks` would make, but for slices."""
+    return sum(1 for _ in _adjacent(run.slot_ids, pool.piece_slots, skip)) * len(run.group.runs)
+
+
+def chunk_batches(
+    run: GroupRun, pool: HostPool, staging: torch.Tensor, skip: tuple[int, ...] = ()
+) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """The same bytes as (slot addresses, staging addresses, sizes), in batches of at most
+    SLICE_BYTES, which no slot may exceed."""
+    places = np.delete(np.arange(len(run.slot_ids)), list(skip))
+    parts = run.group.runs
+    slots = pool.slots.data_ptr() + run.slot_ids[places] * pool.slots.stride(0)
+    here = staging.data_ptr() + places * staging.stride(0)
+    within = np.array([[p.slot_offset, p.packed_offset, p.num_bytes] for p in parts])
+    slot_addresses = (slots[:, None] + within[:, 0]).ravel()
+    addresses = (here[:, None] + within[:, 1]).ravel()
+    sizes = np.tile(within[:, 2], len(places))
+    ends = np.cumsum(sizes)
+    begin = 0
+    while begin < len(sizes):
+        done = ends[begin] - sizes[begin]
+        end = int(np.searchsorted(ends, done + SLICE_BYTES, side="right"))
+        yield slot_addresses[begin:end], addresses[begin:end], sizes[begin:end]
+        begin = end
+
+
 def positions(slot: torch.Tensor, page: PageRow, begin: int, end: int) -> torch.Tensor:
     """The pages at positions [begin, end) of one slot (uint8 [slot_bytes]), a row each."""
     return slot[page.offset :].as_strided(
@@ -82,6 +109,10 @@ def _adjacent(
     slot_ids: Ids, piece_slots: int, skip: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int]]:
     """(index of the first, its slot, count) of the runs of adjacent slots within one piece."""
+    if len(slot_ids) == 1:
+        if not skip:
+            yield 0, int(slot_ids[0]), 1
+        return
     breaks = np.ones(len(slot_ids) + 1, dtype=np.bool_)
     breaks[1:-1] = (np.diff(slot_ids) != 1) | (slot_ids[1:] % piece_slots == 0)
     for chunk in skip:

@@ -19,6 +19,7 @@ The ordering rules that every transfer keeps; the code names them where it does:
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,37 +99,38 @@ class Pipeline:
         buffer_bytes = max(
             options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
         )
-        self._lanes: dict[str, Lane] = {}
-        for name, direction in names.items():
-            # Ordering rule 4: every lane has its own ring, so that none starves another.
-            paths = PathQueue(
-                self._device,
-                layout,
-                pool,
-                direction,
-                f"triton-offload-{name}",
-                num_buffers=options.num_buffers,
-                buffer_bytes=buffer_bytes,
-            )
-            self._lanes[name] = Lane(
-                self._device,
-                layout,
-                direction,
-                paths,
-                table,
-                # a segment takes at most a quarter, and holds at least one chunk
-                max_indices=max(options.max_indices, 4 * (layout.blocks_per_chunk + 1)),
-                window_bytes=options.window_bytes,
-                zero_copy_allowed=self._zero_copy_allowed,
-                mark_slots=self._mark_slots if direction is Direction.STORE else _no_marks,
-            )
         # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
-        self._last_on_slot = {
-            name: np.zeros(pool.num_slots, dtype=np.int64) for name in self._lanes
-        }
-        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in self._lanes}
+        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in names}
+        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in names}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
-        self._feeder = self._device.background("triton-offload-feeder", self._feed)
+        self._lanes: dict[str, Lane] = {}
+        with ExitStack() as undo:
+            for name, direction in names.items():
+                # Ordering rule 4: every lane has its own ring, so that none starves another.
+                paths = PathQueue(
+                    self._device,
+                    layout,
+                    pool,
+                    direction,
+                    f"triton-offload-{name}",
+                    num_buffers=options.num_buffers,
+                    buffer_bytes=buffer_bytes,
+                )
+                undo.callback(paths.close)
+                self._lanes[name] = Lane(
+                    self._device,
+                    layout,
+                    direction,
+                    paths,
+                    table,
+                    # a segment takes at most a quarter, and holds at least one chunk
+                    max_indices=max(options.max_indices, 4 * (layout.blocks_per_chunk + 1)),
+                    window_bytes=options.window_bytes,
+                    zero_copy_allowed=self._zero_copy_allowed,
+                    mark_slots=self._mark_slots if direction is Direction.STORE else _no_marks,
+                )
+            self._feeder = self._device.background("triton-offload-feeder", self._feed)
+            undo.pop_all()
 
     def submit(
         self,
@@ -201,10 +203,10 @@ class Pipeline:
             self._pump()
             if job.finished:
                 return True
-            if not job.queued or job.last is None:
+            if not job.queued or job.released is None:
                 return False
             try:
-                return self._device.query(job.last.released)
+                return self._device.query(job.released)
             except Exception:
                 return False  # failed: its pages are free when it is finished
 
@@ -221,10 +223,7 @@ class Pipeline:
                 if job.finished:
                     return
                 if job.queued:
-                    event = job.last.released if job.last is not None else job.end
-                    if job.error is not None:
-                        event = job.end
-                    self._device.wait(stream, event)
+                    self._device.wait(stream, job.released)
                     return
                 head = job.lane.next_event
             self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
@@ -233,7 +232,8 @@ class Pipeline:
         """Refuse new jobs, take back what has not started, drain the rest, stop every thread.
 
         Idempotent. Raises TimeoutError where the device does not finish; what it still holds then
-        stays allocated, and a later call tries again.
+        stays allocated, and a later call tries again. What closing a stream raises is raised when
+        everything else is closed and freed.
         """
         deadline = None if timeout is None else self._device.monotonic() + timeout
         with self._lock:
@@ -248,9 +248,10 @@ class Pipeline:
             self.wait(
                 job, None if deadline is None else max(0.0, deadline - self._device.monotonic())
             )
-        for lane in self._lanes.values():
-            lane.paths.close()
-        self._stopped = True
+        with ExitStack() as rest:
+            for lane in self._lanes.values():
+                rest.callback(lane.close)
+            self._stopped = True
 
     # -- under the lock --
 
@@ -304,6 +305,20 @@ class Pipeline:
         with self._lock:
             return [job for jobs in self._jobs_of_lane.values() for job in jobs.values()]
 
+    def _check(self) -> None:
+        """Asserts what holds between two calls: of every lane, and of every job in it."""
+        with self._lock:
+            for name, lane in self._lanes.items():
+                lane._check()
+                assert not lane.finished
+                under_way = {work.job.sequence for work in lane._in_flight if work.ends}
+                under_way.update(job.sequence for job in lane._backlog)
+                assert self._jobs_of_lane[name].keys() == under_way, "a job is lost"
+                assert (self._last_on_slot[name] <= lane._sequence).all()
+            assert ((self._holder >= _MIXED) & (self._holder < len(self.layout.groups))).all()
+            ended = [job for jobs in self._finished.values() for job in jobs]
+            assert all(job.finished and job.result is not None for job in ended)
+
     # -- threads --
 
     def _block(self, event: object, deadline: float | None, message: str) -> None:
@@ -319,14 +334,18 @@ class Pipeline:
         except TimeoutError:
             raise TimeoutError(message) from None
         except Exception:
-            return  # whose failure it is, `pump` finds out and the job's result tells
+            # Whose failure it is, `pump` finds out and the job's result tells. Where it is this
+            # call that fails, pumping now and then takes its place.
+            self._device.sleep(_POLL_SECONDS)
 
     def _feed(self) -> float | None:
         """Ordering rule 7: queue the backlog where nobody calls."""
         with self._lock:
             if not any(lane.has_backlog for lane in self._lanes.values()):
                 return None
-            self._pump()
+            # A thread that died would leave the backlog lying; whoever calls next meets the error.
+            with suppress(Exception):
+                self._pump()
             return _FEEDER_SECONDS
 
 

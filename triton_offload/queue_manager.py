@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ class OffloadingQueueManager:
         self._ids = itertools.count(1)
         self._workers: dict[tuple[type, type], OffloadingWorker] = {}
         self._worker_of: dict[int, OffloadingWorker] = {}  # jobs not reported yet
+        self._ended: list[TransferResult] = []  # got from a worker, not handed on yet
         self._closed = False
 
     def register_worker(
@@ -99,8 +101,12 @@ class OffloadingQueueManager:
             if self._closed:
                 return []
             workers = list(self._workers.values())
-        results = [result for worker in workers for result in worker.get_finished()]
+        for worker in workers:
+            ended = worker.get_finished()
+            with self._lock:  # at once: where the next worker raises, these are for the next call
+                self._ended += ended
         with self._lock:
+            results, self._ended = self._ended, []
             for result in results:
                 self._worker_of.pop(result.job_id, None)
         return results
@@ -139,13 +145,20 @@ class OffloadingQueueManager:
     def shutdown(self, timeout: float | None = None) -> None:
         """Cancel what has not started, drain the rest, join every thread. Idempotent.
 
-        Results that nobody got are gone. Raises TimeoutError where a device does not finish.
+        Results that nobody got are gone. Raises TimeoutError where a device does not finish. What
+        one worker raises is raised when the others are shut down too.
         """
         with self._lock:
             self._closed = True
             workers = list(self._workers.values())
-        for worker in workers:
-            worker.shutdown(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def shut_down(worker: OffloadingWorker) -> None:
+            worker.shutdown(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+        with ExitStack() as rest:
+            for worker in reversed(workers):
+                rest.callback(shut_down, worker)
 
     def _by_worker(self, job_ids: Iterable[int]) -> list[tuple[OffloadingWorker, list[int]]]:
         with self._lock:
@@ -159,6 +172,16 @@ class OffloadingQueueManager:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the queue manager is shut down")
+
+    def _check(self) -> None:
+        """Asserts that each device worker knows exactly the jobs that were handed to it."""
+        with self._lock:
+            owners = dict(self._worker_of)
+            workers = list(self._workers.values())
+        for worker in workers:
+            if isinstance(worker, DeviceWorker):
+                worker._check()
+                assert worker._jobs.keys() == {i for i, owner in owners.items() if owner is worker}
 
 
 def transfer_queue(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
@@ -45,6 +46,23 @@ class StagingRing:
         self.num_taken += 1
         return buffer
 
+    def distrust(self) -> None:
+        """Take no buffer for cleared any more."""
+        for buffer in self._buffers:
+            buffer.holds = None
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._buffers.clear()
+
+    def _check(self) -> None:
+        """Asserts that no two buffers share memory, and that each holds whole chunks."""
+        places = sorted(buffer.memory.data_ptr() for buffer in self._buffers)
+        assert all(a + self.buffer_bytes <= b for a, b in itertools.pairwise(places))
+        for buffer in self._buffers:
+            assert len(buffer.memory) == self.buffer_bytes
+            assert buffer.holds is None or buffer.holds.slot_bytes <= self.buffer_bytes
+
 
 class IndexRing:
     """Host memory from which kernels read ids; freed in the order in which it was taken.
@@ -86,6 +104,11 @@ class IndexRing:
         if not self._taken:
             self._head = 0
 
+    def close(self) -> None:
+        """Free the memory; nothing of it is in use."""
+        self._memory = torch.empty(0, dtype=torch.int64)
+        self._array = self._memory.numpy()
+
     def _find(self, count: int) -> int | None:
         if count > self.capacity:
             raise ValueError(f"ids: expected at most {self.capacity} in a segment, got {count}")
@@ -98,3 +121,12 @@ class IndexRing:
             # `<`: a head that met the tail would look like an empty ring
             return 0 if count < tail else None
         return self._head if self._head + count < tail else None
+
+    def _check(self) -> None:
+        """Asserts that what is taken lies within, in order and apart."""
+        taken = [part for part in self._taken if part[0] < part[1]]
+        assert all(begin >= 0 and end <= self.capacity for begin, end in taken)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(taken)))
+        wraps = sum(b[0] < a[1] for a, b in itertools.pairwise(taken))
+        assert wraps <= 1, "the ring turned twice"
+        assert self._head == (self._taken[-1][1] if self._taken else 0)

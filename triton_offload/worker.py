@@ -123,6 +123,15 @@ class DeviceWorker(OffloadingWorker):
     def shutdown(self, timeout: float | None = None) -> None:
         self._pipeline.shutdown(timeout)
 
+    def _check(self) -> None:
+        """Asserts that exactly those jobs are known that were not reported."""
+        pipeline = self._pipeline
+        with self._lock, pipeline._lock:
+            pipeline._check()
+            jobs = [*pipeline._unfinished(), *pipeline._finished[self._direction]]
+            known = {job.job_id for job in jobs if job.direction is self._direction}
+            assert self._jobs.keys() == known
+
     def _known(self, job_ids: Iterable[int]) -> list[Job]:
         with self._lock:
             return [self._jobs[job_id] for job_id in job_ids if job_id in self._jobs]
@@ -187,6 +196,10 @@ class FunctionWorker(OffloadingWorker):
         self._threads.shutdown(wait=True)
 
     def _run(self, job_id: int, src: LoadStoreSpec, dst: LoadStoreSpec) -> TransferResult:
+        with self._lock:
+            # A pool that could not start a thread raised, and kept what it was given.
+            if job_id not in self._futures:
+                return TransferResult(job_id, TransferStatus.CANCELLED)
         start = time.perf_counter()
         try:
             num_bytes = self._function(src, dst) or 0

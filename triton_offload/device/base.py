@@ -47,6 +47,8 @@ class Device(Protocol):
     name: str
     #: whether a kernel may read and write registered host memory
     maps_host_memory: bool
+    #: whether it has `copy_batch`
+    batches_copies: bool
 
     # -- the host's own steps, which a simulation picks like any other --
 

@@ -35,6 +35,7 @@ class CUDADevice(RealTime):
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.maps_host_memory = True
+        self.batches_copies = hasattr(_bindings("driver"), "cuMemcpyBatchAsync")
         launches = calibration or default_calibration("cuda")
         self._configs = {
             False: launch_config(launches.staged, zero_copy=False),
@@ -91,7 +92,11 @@ class CUDADevice(RealTime):
     # -- memory --
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        # torch may hand out memory that what is queued on its own stream still uses; streams of
+        # ours know nothing of that. Buffers are made where blocking is allowed.
+        torch.cuda.current_stream(self.torch_device).synchronize()
+        return buffer
 
     def empty_indices(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64, pin_memory=True)
@@ -139,7 +144,7 @@ class CUDADevice(RealTime):
 
     def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: torch.cuda.Stream) -> None:
         driver = _bindings("driver")
-        if driver is None or not hasattr(driver, "cuMemcpyBatchAsync"):
+        if driver is None or not self.batches_copies:
             raise RuntimeError(
                 "batched copies need cuda-bindings >= 12.8: pip install cuda-bindings"
             )

@@ -48,6 +48,7 @@ class HostDevice(RealTime):
         self.torch_device = torch.device("cpu")
         self.name = "host"
         self.maps_host_memory = True
+        self.batches_copies = True
         self._condition = threading.Condition()
 
     # -- streams and events --

@@ -1,47 +1,33 @@
-"""Gather and scatter of pages in CPU memory.
+"""Gather and scatter of pages in CPU memory, in one pass where the ids allow it.
 
-numpy moves a page as one item of a void dtype of its size: a memmove an item, at any alignment,
-without the GIL. torch's indexed copies of words reach less on most shapes, and where ids stand on
-both sides a tenth of it: their pass through a temporary is cut up among threads per slice.
+torch has one fast indexed copy a direction: `index_select` with a strided output (rows at random
+to rows in order) and `index_copy_` from a strided source (the other way). Where the slots, or the
+blocks, are consecutive, one of them moves every page straight to its place. Where neither is, a
+slice of rows that stays in the cache goes through a temporary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import ctypes
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from triton_offload.kernels.table import IdArray, PageTable
+from triton_offload.kernels.table import PageTable
 
-# Bytes at a time: numpy passes what it gathers through a temporary, which then stays in the cache.
-# Twice as much is as fast on a core with 512 KiB of its own, half is 0.8 of it.
-_SLICE_BYTES = 256 << 10
+# Rows at a time through a temporary, which then stays in the cache. Calls that need none are not
+# cut: whole ones reached 0.55-0.65 (4 KiB pages) and 1.0 (64 KiB) of a plain copy's speed on two
+# cores of an EPYC, cut to 480 KiB 0.5 and 0.8.
+_SLICE_BYTES = 1 << 20
 
-# Less is not shared among threads: starting one takes 0.1 ms, in which a core copies this much.
-_THREAD_BYTES = 1 << 20
+# From here on a memmove a page beats two passes: its call costs 0.5 us, a page of 64 KiB 5 us.
+_BIG_PAGE_BYTES = 32 << 10
 
-_Items: TypeAlias = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Pages of one tensor, and their places at the same positions of some chunks."""
-
-    pages: _Items  # [num_blocks], an item a page
-    blocks: IdArray  # [chunks, positions]
-    places: _Items  # [num_slots, positions], an item a page
-    slots: IdArray | slice  # [chunks]; a slice where they are adjacent, which is faster
-
-    def gather(self) -> None:
-        self.places[self.slots] = self.pages[self.blocks]
-
-    def scatter(self) -> None:
-        self.pages[self.blocks] = self.places[self.slots]
+_WORDS = (
+    (16, torch.complex128),
+    (8, torch.int64),
+    (4, torch.int32),
+    (2, torch.int16),
+)
 
 
 def gather(
@@ -52,8 +38,8 @@ def gather(
     first_block: int,
 ) -> None:
     """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, tuned."""
-    pieces = list(_pieces(table, block_ids, slots, slot_ids, first_block))
-    _run(_Piece.gather, pieces, len(block_ids) * table.bytes_per_block)
+    for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
+        _move(pages, blocks, places, chunks)
 
 
 def scatter(
@@ -64,76 +50,94 @@ def scatter(
     first_block: int,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
-    pieces = list(_pieces(table, block_ids, slots, slot_ids, first_block))
-    _run(_Piece.scatter, pieces, len(block_ids) * table.bytes_per_block)
+    for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
+        _move(places, chunks, pages, blocks)
 
 
-def _run(move: Callable[[_Piece], None], pieces: list[_Piece], num_bytes: int) -> None:
-    """Moves every piece, shared among as many threads as torch would take."""
-    num_threads = max(1, min(torch.get_num_threads(), num_bytes // _THREAD_BYTES))
-    shares = [pieces[i::num_threads] for i in range(num_threads)]
-
-    def move_share(share: list[_Piece]) -> None:
-        for piece in share:
-            move(piece)
-
-    if num_threads == 1:
-        move_share(pieces)
-        return
-    with ThreadPoolExecutor(num_threads - 1) as others:
-        results = [others.submit(move_share, share) for share in shares[1:]]
-        move_share(shares[0])
-    for result in results:
-        result.result()
+_Rows = torch.Tensor | slice
+_Operands = list[tuple[torch.Tensor, torch.Tensor, _Rows, _Rows]]
 
 
-def _pieces(
+def _operands(
     table: PageTable,
     block_ids: torch.Tensor,
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> Iterator[_Piece]:
-    """The run, tensor by tensor, in pieces of at most `_SLICE_BYTES`, or of one chunk."""
-    memory = slots.numpy()
-    grids = list(_grids(table.blocks_per_chunk, block_ids.numpy(), slot_ids.numpy(), first_block))
-    for page in table.pages:
-        item = np.dtype((np.void, page.page_bytes))
-        pages = page.view.numpy().view(item)[:, 0]
-        there = memory[:, page.offset : page.offset + table.blocks_per_chunk * page.pitch]
-        if page.pitch == page.page_bytes:
-            places = there.view(item)
-        else:  # a group that moves a part of each page
-            padded = np.dtype({"names": ["page"], "formats": [item], "itemsize": page.pitch})
-            places = there.view(padded)["page"]
-        for begin, blocks, chunks in grids:
-            end = begin + blocks.shape[1]
-            step = max(1, _SLICE_BYTES // (blocks.shape[1] * page.page_bytes))
-            for start in range(0, len(chunks), step):
-                some = slice(start, start + step)
-                yield _Piece(pages, blocks[some], places[:, begin:end], _rows(chunks[some]))
+) -> _Operands:
+    """Pages and places as rows of words, with the row numbers on each side.
+
+    The blocks of a run that share a position in their chunks are one indexed copy a tensor.
+    """
+    span = table.blocks_per_chunk
+    first = first_block % span
+    operands: _Operands = []
+    for position in range(span):
+        start = (position - first) % span  # the run's first block at this position
+        if start >= len(block_ids):
+            continue
+        blocks = _as_rows(block_ids[start::span])
+        first_chunk = (first + start) // span
+        chunks = _as_rows(
+            slot_ids[first_chunk : first_chunk + -(-(len(block_ids) - start) // span)]
+        )
+        for page in table.pages:
+            offset = page.offset + position * page.pitch
+            places = slots[:, offset : offset + page.page_bytes]
+            operands.append((*_widest(page.view, places), blocks, chunks))
+    return operands
 
 
-def _grids(
-    span: int, blocks: IdArray, chunks: IdArray, first_block: int
-) -> Iterator[tuple[int, IdArray, IdArray]]:
-    """(first position, blocks [chunks, positions], slots [chunks]): the first chunk's blocks where
-    it isn't whole, those of all whole chunks, and the last one's."""
-    begin = first_block % span
-    first = min(-begin % span, len(blocks))
-    if first:
-        yield begin, blocks[None, :first], chunks[:1]
-        blocks, chunks = blocks[first:], chunks[1:]
-    whole, rest = divmod(len(blocks), span)
-    if whole:
-        yield 0, blocks[: whole * span].reshape(whole, span), chunks[:whole]
-    if rest:
-        yield 0, blocks[None, whole * span :], chunks[whole:]
-
-
-def _rows(ids: IdArray) -> IdArray | slice:
+def _as_rows(ids: torch.Tensor) -> _Rows:
     """Consecutive ids as a slice, others as they are."""
     first = int(ids[0])
-    if int(ids[-1]) - first == len(ids) - 1 and bool((np.diff(ids) == 1).all()):
+    if len(ids) == 1 or bool((ids[1:] - ids[:-1] == 1).all()):
         return slice(first, first + len(ids))
-    return ids
+    return ids.contiguous()
+
+
+def _widest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as rows of the widest word that their strides, offsets and width allow."""
+    bits = int(a.shape[1])
+    for x in (a, b):
+        bits |= int(x.storage_offset())
+        if x.shape[0] > 1:
+            bits |= int(x.stride(0))
+    for size, dtype in _WORDS:
+        if bits % size == 0:
+            return _view(a, dtype, size), _view(b, dtype, size)
+    return a, b
+
+
+def _view(rows: torch.Tensor, dtype: torch.dtype, size: int) -> torch.Tensor:
+    # A single row may have any stride, which `view` would refuse.
+    if rows.shape[0] == 1:
+        return rows[0].view(dtype)[None]
+    assert rows.stride(0) % size == 0
+    return rows.view(dtype)
+
+
+def _move(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
+    if isinstance(src_rows, slice):
+        if isinstance(dst_rows, slice):
+            dst[dst_rows].copy_(src[src_rows])
+        else:
+            dst.index_copy_(0, dst_rows, src[src_rows])
+    elif isinstance(dst_rows, slice):
+        torch.index_select(src, 0, src_rows, out=dst[dst_rows])
+    elif src.shape[1] * src.element_size() >= _BIG_PAGE_BYTES:
+        _move_big_rows(src, src_rows, dst, dst_rows)
+    else:
+        step = max(1, _SLICE_BYTES // (src.shape[1] * src.element_size()))
+        for ids, to in zip(torch.split(src_rows, step), torch.split(dst_rows, step), strict=True):
+            dst.index_copy_(0, to, src.index_select(0, ids))
+
+
+def _move_big_rows(
+    src: torch.Tensor, src_rows: torch.Tensor, dst: torch.Tensor, dst_rows: torch.Tensor
+) -> None:
+    item = src.element_size()
+    sources = (src.data_ptr() + src_rows * (src.stride(0) * item)).tolist()
+    targets = (dst.data_ptr() + dst_rows * (dst.stride(0) * item)).tolist()
+    for target, source in zip(targets, sources, strict=True):
+        ctypes.memmove(target, source, src.shape[1] * item)

@@ -1,0 +1,295 @@
+"""Clients of one KVOffloader, each a thread of an engine with blocks of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model_world import Bytes, Span, World
+
+from triton_offload.job import OffloadJob, TransferFailedError
+from triton_offload.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
+from triton_offload.offloader import PoolFullError
+from triton_offload.specs import Direction, TransferStatus
+from triton_offload.testing import InjectedError
+
+NOT_THERE = (UnknownKeyError, PendingKeyError, UnwrittenBlocksError)
+HOWS = ("wait", "timeout", "poll", "released", "wait_on")
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A job whose end this client has not seen. `blocks`: those that are still the job's."""
+
+    job: OffloadJob
+    span: Span
+    blocks: list[int]
+    submitted: int
+    alone: list[bool]  # by chunk: no other store of it was under way
+    before: list[Bytes] = field(default_factory=list)
+    compared: bool = False  # a load's pages were right
+
+
+class Client:
+    """Stores, loads and takes back at random. Each call is one step; jobs stay in flight.
+
+    What a job holds is not touched before the rules allow, and then at once: stored blocks are
+    poisoned, loaded ones compared.
+    """
+
+    MOST_FLIGHTS = 8
+
+    def __init__(self, world: World, blocks: Sequence[int], rng: random.Random) -> None:
+        self.world = world
+        self.rng = rng
+        self.flights: list[Flight] = []
+        self._free = list(blocks)
+        self._all = frozenset(blocks)
+
+    # -- one call each --
+
+    def store(self, span: Span) -> None:
+        """Compute a span's pages and store them."""
+        blocks = self._take(span.count)
+        if blocks:
+            self.world.pages.fill(span, blocks)
+            self._store(span, blocks)
+
+    def load(self, span: Span, *, expedited: bool = False, blindly: bool = False) -> None:
+        """Load what is there of a span; `blindly`: all of it, there or not."""
+        world = self.world
+        found = span.count
+        if not blindly:
+            size = world.setting.blocks_per_chunk
+            found = min(span.count, world.lookup(span) * size - span.first % size)
+        there = Span(span.group, span.request, span.first, found)
+        blocks = self._take(found) if found > 0 else []
+        if not blocks:
+            return
+        world.pages.poison(blocks)  # what the load leaves out is seen
+        try:
+            job = world.offloader.load(
+                world.content.keys(there),
+                blocks,
+                first_block=there.first,
+                group=there.group,
+                expedited=expedited,
+            )
+        except (*NOT_THERE, InjectedError, RuntimeError) as error:
+            self._free += blocks
+            self._refused(error, there, may_miss=blindly or not world.exact)
+            if world.exact and isinstance(error, UnknownKeyError):
+                assert world.lookup(there) < len(world.content.keys(there))
+            return
+        before = world.pages.expect(there, blocks)
+        self._fly(Flight(job, there, blocks, world.known.now, [], before))
+
+    def settle(self, flight: Flight, how: str) -> None:
+        """Learn of a job's end, or of its pages' release, in one of the ways that there are."""
+        job, world = flight.job, self.world
+        if how == "timeout" and not self._ends(flight, 0):
+            return
+        if how == "wait":
+            self._ends(flight, None)
+        if how == "released":
+            if job.source_released:
+                self._released(flight, on_host=True)
+            return
+        if how == "wait_on" and world.exact:
+            job.wait_on(world.device.compute_stream)
+            self._released(flight, on_host=False)
+            return
+        if job.done:
+            self._end(flight)
+
+    def cancel(self, flight: Flight) -> None:
+        self.world.num_cancels += 1
+        taken = self.world.offloader.cancel(flight.job)
+        flight.job.done  # noqa: B018  # a question that may take results in
+        if taken and flight.job.done:
+            assert flight.job.result.status is TransferStatus.CANCELLED
+
+    def touch(self, span: Span) -> None:
+        self.world.offloader.touch(self.world.content.keys(span), group=span.group)
+
+    def reset(self) -> None:
+        self.world.offloader.reset()
+        self.world.take_events()
+        self.world.known.forget()
+        if self.world.exact:
+            assert self.world.offloader.lookup([b"0.0"]) == 0
+
+    def look(self) -> None:
+        """Ask what changes nothing."""
+        stats = self.world.offloader.stats()
+        assert 0 <= stats.num_pinned <= stats.num_used <= self.world.setting.num_chunks
+        self.world.take_events()
+        self.world.collect()
+
+    # -- several --
+
+    def step(self) -> None:
+        """One random call, which is refused where the offloader is closed meanwhile."""
+        try:
+            self._step()
+        except RuntimeError as error:
+            if not self.world.closing or "closed" not in str(error):
+                raise
+
+    def drain(self) -> None:
+        """See every job's end."""
+        while self.flights:  # what was loaded may be stored
+            self.settle(self.flights[0], "wait")
+        assert frozenset(self._free) == self._all
+        assert len(self._free) == len(self._all), "a block was freed twice"
+
+    # -- inside --
+
+    def _step(self) -> None:
+        rng, flights = self.rng, self.flights
+        draw = rng.random()
+        if flights and (draw < 0.35 or len(flights) >= self.MOST_FLIGHTS):
+            self.settle(rng.choice(flights), rng.choice(HOWS))
+        elif draw < 0.6:
+            self.store(self.draw_known() if rng.random() < 0.3 else self.draw_span())
+        elif draw < 0.85:
+            self.load(self.draw_known(), expedited=rng.random() < 0.5, blindly=rng.random() < 0.1)
+        elif draw < 0.9 and flights:
+            self.cancel(rng.choice(flights))
+        elif draw < 0.99:
+            self.look()
+            self.touch(self.draw_span())
+        else:
+            self.reset()
+
+    def draw_span(self) -> Span:
+        setting, rng = self.world.setting, self.rng
+        most = setting.chunks_per_request * setting.blocks_per_chunk
+        first = rng.randrange(most)
+        count = rng.randint(1, min(most - first, 4 * setting.blocks_per_chunk))
+        return Span(
+            rng.randrange(len(setting.groups)), rng.randrange(setting.num_requests), first, count
+        )
+
+    def draw_known(self) -> Span:
+        """Often one that was stored lately, or a part of it."""
+        recent, rng = self.world.recent, self.rng
+        if not recent or rng.random() < 0.2:
+            return self.draw_span()
+        span = rng.choice(recent)
+        if rng.random() < 0.5:
+            return span
+        first = rng.randrange(span.count)
+        count = rng.randint(1, span.count - first)
+        return Span(span.group, span.request, span.first + first, count)
+
+    def _store(self, span: Span, blocks: list[int]) -> None:
+        world = self.world
+        names = world.content.known_as(span)
+        try:
+            job = world.offloader.store(
+                world.content.keys(span), blocks, first_block=span.first, group=span.group
+            )
+        except (InjectedError, RuntimeError) as error:
+            self._free += blocks
+            self._refused(error, span, may_miss=False)
+            return
+        world.take_events()
+        # A store of a key that another job is storing waits for that job, and adds nothing to it.
+        alone = [world.storing[name] == 0 for name in names]
+        since = world.known.submitted(names, world.content.masks(span)) if world.exact else 0
+        world.storing.update(names)
+        world.recent.append(span)
+        self._fly(Flight(job, span, blocks, since, alone))
+
+    def _fly(self, flight: Flight) -> None:
+        self.world.accepted(flight.job.job_id)
+        self.world.take_events()
+        self.flights.append(flight)
+
+    def _refused(self, error: Exception, span: Span, *, may_miss: bool) -> None:
+        world = self.world
+        if isinstance(error, PoolFullError):
+            if world.exact:
+                pinned = world.offloader._manager.num_pinned
+                assert pinned + len(world.content.keys(span)) > world.setting.num_chunks
+        elif isinstance(error, NOT_THERE):
+            assert may_miss, error
+        elif isinstance(error, InjectedError):
+            assert world.faulty
+        else:
+            assert world.closing, error
+            assert "closed" in str(error) or "shut down" in str(error)
+        if not world.closing:
+            world.take_events()
+
+    def _ends(self, flight: Flight, timeout: float | None) -> bool:
+        try:
+            flight.job.wait(timeout)
+        except TimeoutError:
+            assert timeout is not None
+            return False
+        except TransferFailedError:
+            pass  # `_end` looks at the result
+        return True
+
+    def _released(self, flight: Flight, *, on_host: bool) -> None:
+        """The pages are the engine's again: it uses them at once."""
+        world, blocks = self.world, flight.blocks
+        if flight.job.direction is Direction.STORE:
+            flight.blocks = []
+            if blocks:
+                world.pages.poison(blocks)
+            self._free += blocks
+        elif not world.faulty and not flight.compared:
+            result = flight.job.result
+            if result is None or result.success:
+                world.pages.read(blocks, on_host=on_host)
+                flight.compared = True
+
+    def _end(self, flight: Flight) -> None:
+        world, result = self.world, flight.job.result
+        assert result is not None
+        self.flights.remove(flight)
+        world.take_events()
+        if result.status is TransferStatus.FAILED:
+            assert world.faulty, result.error
+            world.num_failed += 1
+        elif result.status is TransferStatus.CANCELLED:
+            assert world.num_cancels or world.closing
+        if flight.job.direction is Direction.STORE:
+            names = world.content.known_as(flight.span)
+            world.storing.subtract(names)
+            if result.success and world.exact:
+                chunks = zip(names, world.content.masks(flight.span), flight.alone, strict=True)
+                sure = [(name, mask) for name, mask, alone in chunks if alone]
+                world.known.stored(
+                    [name for name, _ in sure], [mask for _, mask in sure], flight.submitted
+                )
+            self._free += flight.blocks
+            return
+        if result.success:
+            world.num_loaded += 1
+            if world.exact and self.rng.random() < 0.3:
+                world.pages.read(flight.blocks, on_host=False)
+            else:
+                world.pages.read(flight.blocks, on_host=True)
+            if self.rng.random() < 0.3 and not world.closing:  # what was loaded may be stored
+                self._store(flight.span, flight.blocks)
+                return
+        elif result.status is TransferStatus.CANCELLED:
+            assert not flight.compared
+            world.pages.restore(flight.blocks, flight.before)
+            world.pages.read(flight.blocks, on_host=False)  # nothing has touched them
+        else:
+            world.pages.poison(flight.blocks)
+        self._free += flight.blocks
+
+    def _take(self, count: int) -> list[int]:
+        """Blocks in no order, or none where there are too few."""
+        if count > len(self._free):
+            return []
+        taken = self.rng.sample(self._free, count)
+        self._free = [block for block in self._free if block not in taken]
+        return taken
