@@ -29,7 +29,7 @@ RETRY_ROUNDS = 45  # of which a slow minute of the machine is a smaller part
 # Ratios differ between machines by what they have of caches and cores, whatever the code does.
 FLOOR = 0.35
 # Half the speed fails, whatever the noise: what hides it calls for more rounds.
-CEILING = 0.5
+CEILING = 0.49
 # More than three standard errors are seldom; four, for so few rounds tell their spread badly.
 SIGMAS = 4.0
 # Of normal noise: the deviation is 1.48 MADs, a median's standard error 1.25 deviations / sqrt(n).

@@ -336,7 +336,11 @@ def run_demo(json_output: bool = False) -> int:
     Returns the exit status: 0 where all outputs are equal, 1 where one differs, 2 without vLLM.
     """
     # A descriptor of its own: the progress bar stays where everything else is kept quiet.
-    console = Console(file=os.fdopen(os.dup(2 if json_output else 1), "w"))
+    with os.fdopen(os.dup(2 if json_output else 1), "w") as out:
+        return _run_demo(Console(file=out), json_output)
+
+
+def _run_demo(console: Console, json_output: bool) -> int:
     if importlib.util.find_spec("vllm") is None:
         console.print("the demo serves a model with vLLM, which is not installed (see `make demo`)")
         return 2
