@@ -48,7 +48,7 @@ def workers():
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_no_schedule_is_wrong(name, workers, capsys):
-    count = max(1, SCHEDULES // len(CONFIGURATIONS))
+    count = -(-SCHEDULES // len(CONFIGURATIONS))
     start = time.perf_counter()
     batches = [
         workers.submit(run_batch, name, first, min(BATCH, count - first))
