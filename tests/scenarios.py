@@ -267,17 +267,6 @@ def a_copy_that_never_ends(seed: int) -> None:
             raise AssertionError("shutdown returned, and a copy is under way")
 
 
-def waited_for(seed: int) -> None:
-    """Results stay after a wait, each once."""
-    with bench(seed) as b:
-        job = b.store(range(8), range(4))
-        b.queue.wait([job])
-        b.queue.wait([job])
-        results = [result.job_id for result in b.queue.get_finished()]
-        assert results == [job], f"expected the result of {job} once, got {results}"
-        assert not b.queue.get_finished(), "reported twice"
-
-
 def shutdown(seed: int) -> None:
     """What has started lands before `shutdown` returns."""
     with bench(seed, window_chunks=1 if seed % 2 else None) as b:

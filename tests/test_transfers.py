@@ -254,6 +254,34 @@ def test_many_scattered_chunks_leave_in_batches_of_a_slice(monkeypatch, adjacent
     world.close()
 
 
+def test_batches_leave_alone_what_the_slots_of_partial_chunks_hold(monkeypatch):
+    world = World.build(
+        [random_pages(32, 16, 16, 0, 5), random_pages(32, 8, 12, 4, 6)],
+        blocks_per_chunk=2,
+        num_slots=32,
+        options=PipelineOptions(path=Path.STAGED, buffer_bytes=16 * 48),
+    )
+    batches: list[int] = []
+    copy_batch = world.pool.device.copy_batch
+
+    def watched(dst, src, sizes, stream):
+        batches.append(len(sizes))
+        copy_batch(dst, src, sizes, stream)
+
+    monkeypatch.setattr(world.pool.device, "copy_batch", watched)
+    world.pool.slots.fill_(POISON)
+    # The first and the last of eight chunks lack a block each; no slot is fresh.
+    blocks, slots = list(range(3, 17)), [9, 1, 20, 4, 30, 12, 6, 15]
+    expected = world.after_store(world.pool.slots, 0, blocks, slots, 1, [False] * 8)
+    (result,) = world.finish(
+        world.queue.transfer_async(*store_specs(world, 0, blocks, slots, 1, False))
+    )
+    assert result.success
+    assert torch.equal(world.pool.slots, expected)
+    assert batches == [6]
+    world.close()
+
+
 def test_no_copy_crosses_a_piece_that_is_pinned_on_its_own():
     world = World.build([random_pages(NUM_BLOCKS, 64, 64, 0, 5)], num_slots=16)
     world.pool.piece_slots = 4

@@ -60,7 +60,6 @@ class ServingEngine:
         self.queue = queue
         self.num_jobs = dict.fromkeys(lanes, 0)
         self.num_ids = dict(self.num_jobs)
-        self.num_chunks = dict(self.num_jobs)
         self.num_crossings = 0
         self._rng = rng
         shape = memory.shape
@@ -233,7 +232,6 @@ class ServingEngine:
         )
         self.num_jobs[lane] += 1
         self.num_ids[lane] += len(blocks) + len(slots)
-        self.num_chunks[lane] += len(slots)
         transfer = _Transfer(job_id, lane, frozenset(blocks.tolist()), frozenset(slots.tolist()))
         self._transfers[job_id] = transfer
         return transfer
