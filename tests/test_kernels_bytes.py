@@ -1,9 +1,9 @@
 """gather_pages and scatter_pages move the right bytes, and no other.
 
 Every case is checked against a few lines of Python over whole storages, so that a byte moved to
-the wrong place, or one too many, shows wherever it lies. The cases run twice: here on the torch
-reference, and on the Triton kernels in a process of its own, because Triton decides at import
-whether it interprets.
+the wrong place, or one too many, shows wherever it lies. The cases run three times: here on the
+torch reference and on what the host device does, and on the Triton kernels in a process of its own,
+because Triton decides at import whether it interprets.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from triton_offload.device import host_pages
 from triton_offload.kernels import pages, reference
 from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import KernelConfig
@@ -60,14 +62,39 @@ def noise(num_bytes: int, seed: int) -> torch.Tensor:
     return data
 
 
-def move(direction: str, *args: Any, config: KernelConfig | None = SMALL) -> None:
-    if INTERPRETED:
-        getattr(pages, f"{direction}_pages")(*args, config=config)
-    else:
-        getattr(reference, f"{direction}_pages")(*args)
+Move: TypeAlias = Callable[..., None]
 
 
-def check(case: Case, direction: str, config: KernelConfig | None = SMALL) -> None:
+def move_by_kernels(direction: str, *args: Any, config: KernelConfig | None = SMALL) -> None:
+    getattr(pages, f"{direction}_pages")(*args, config=config)
+
+
+def move_by_reference(direction: str, *args: Any, config: KernelConfig | None = SMALL) -> None:
+    getattr(reference, f"{direction}_pages")(*args)
+
+
+def move_on_host(
+    direction: str,
+    table: PageTable,
+    block_ids: list[int],
+    slots: torch.Tensor,
+    slot_ids: list[int] | None = None,
+    first_block: int = 0,
+    config: KernelConfig | None = SMALL,
+) -> None:
+    if block_ids:  # a device is never given less
+        chunks = range(len(slots)) if slot_ids is None else slot_ids
+        ids, places = torch.tensor(block_ids), torch.tensor(chunks)
+        getattr(host_pages, direction)(table, ids, slots, places, first_block)
+
+
+@pytest.fixture(scope="class", params=["kernels"] if INTERPRETED else ["reference", "host"])
+def move(request: pytest.FixtureRequest) -> Move:
+    ways = {"kernels": move_by_kernels, "reference": move_by_reference, "host": move_on_host}
+    return ways[request.param]
+
+
+def check(case: Case, direction: str, move: Move, config: KernelConfig | None = SMALL) -> None:
     strides = [t.page_bytes + t.gap for t in case.tensors]
     caches = [
         noise(t.start + case.num_blocks * stride, seed)
@@ -124,6 +151,8 @@ CASES = {
         (Tensor(64), Tensor(24), Tensor(4), Tensor(6), Tensor(1), Tensor(32)), (3, 1, 0), 4, 1
     ),
     "slots off by one byte": Case((Tensor(64),), (3, 1, 0), slot_start=1),
+    "a single slot": Case((Tensor(64), Tensor(32)), (3, 1), 2, num_slots=1, slot_gap=1),
+    "a slot that is no multiple of a pitch": Case((Tensor(64), Tensor(48)), (3, 1, 0, 2, 5), 3, 1),
     "slots 4 bytes apart": Case((Tensor(64),), (3, 1, 0), slot_gap=4),
     "pages of an odd size": Case((Tensor(577, 3),), (3, 1, 0, 2), 2, 1),
     "pages of several strips": Case((Tensor(1152), Tensor(2048), Tensor(4112)), (3, 1, 0, 2), 3),
@@ -134,15 +163,17 @@ CASES = {
 class TestBytes:
     @pytest.mark.parametrize("direction", ["gather", "scatter"])
     @pytest.mark.parametrize("name", CASES)
-    def test_moves_these_bytes_and_no_other(self, name: str, direction: str) -> None:
-        check(CASES[name], direction)
+    def test_moves_these_bytes_and_no_other(self, name: str, direction: str, move: Move) -> None:
+        check(CASES[name], direction, move)
 
     @pytest.mark.parametrize("zero_copy", [False, True], ids=["staged", "zero_copy"])
     @pytest.mark.parametrize("direction", ["gather", "scatter"])
-    def test_moves_the_same_bytes_in_full_size_tiles(self, direction: str, zero_copy: bool) -> None:
+    def test_moves_the_same_bytes_in_full_size_tiles(
+        self, direction: str, zero_copy: bool, move: Move
+    ) -> None:
         config = pages.choose_config(zero_copy=zero_copy)
-        check(CASES["pages of several strips"], direction, config)
-        check(CASES["a different alignment each"], direction, config)
+        check(CASES["pages of several strips"], direction, move, config)
+        check(CASES["a different alignment each"], direction, move, config)
 
     @given(data=st.data())
     @settings(
@@ -150,7 +181,7 @@ class TestBytes:
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    def test_moves_generated_cases(self, data: st.DataObject) -> None:
+    def test_moves_generated_cases(self, data: st.DataObject, move: Move) -> None:
         sizes = st.one_of(st.integers(1, 80), st.sampled_from([16, 64, 128, 256, 512, 1152, 2048]))
         shifts = st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16])
         tensors = data.draw(
@@ -186,9 +217,10 @@ class TestBytes:
                 slot_start=data.draw(shifts),
             ),
             direction,
+            move,
         )
 
-    def test_moves_views_of_one_storage_and_mixed_dtypes(self) -> None:
+    def test_moves_views_of_one_storage_and_mixed_dtypes(self, move: Move) -> None:
         kv = noise(2 * 6 * 3 * 8 * 2, 1)[:-64].view(torch.bfloat16).view(6, 2, 3, 8)
         scales = torch.arange(6 * 5, dtype=torch.float32).view(6, 5)
         codes = noise(6 * 24, 2)[: 6 * 24].view(torch.float8_e4m3fn).view(6, 3, 8)
@@ -208,7 +240,7 @@ class TestBytes:
             assert bool((now[[1, 4, 5]] == 0x5A).all())
 
     @pytest.mark.parametrize("direction", ["gather", "scatter"])
-    def test_reaches_pages_more_than_2_gib_apart(self, direction: str) -> None:
+    def test_reaches_pages_more_than_2_gib_apart(self, direction: str, move: Move) -> None:
         stride = 2**31 + 48
         # Virtual memory: only the pages that are touched are ever backed.
         cache = torch.empty(2 * stride + 256, dtype=torch.uint8)
@@ -226,7 +258,9 @@ class TestBytes:
         for (memory, i), wanted in zip(near, expected, strict=True):
             assert torch.equal(memory[i * stride : i * stride + 128], wanted)
 
-    def test_moves_the_group_of_a_hybrid_model_in_full_and_in_packed_slots(self) -> None:
+    def test_moves_the_group_of_a_hybrid_model_in_full_and_in_packed_slots(
+        self, move: Move
+    ) -> None:
         caches = [noise(6 * size, size)[: 6 * size].view(6, size) for size in (64, 48, 32, 80)]
         whole = PageTable(caches, blocks_per_chunk=2)
         group = whole.group([(3, 72), (1, 48)])

@@ -8,19 +8,18 @@ slice of rows that stays in the cache goes through a temporary.
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Iterator
+from math import gcd
 
 import torch
 
-from triton_offload.kernels.table import PageTable
+from triton_offload.kernels.table import PageRow, PageTable
 
-# Rows at a time through a temporary, which then stays in the cache. Calls that need none are not
-# cut: whole ones reached 0.55-0.65 (4 KiB pages) and 1.0 (64 KiB) of a plain copy's speed on two
-# cores of an EPYC, cut to 480 KiB 0.5 and 0.8.
-_SLICE_BYTES = 1 << 20
-
-# From here on a memmove a page beats two passes: its call costs 0.5 us, a page of 64 KiB 5 us.
-_BIG_PAGE_BYTES = 32 << 10
+# Rows at a time through a temporary, which then stays in the cache. Smaller ones are slower, for
+# each call wakes torch's threads: of a plain copy's speed, on two cores of an EPYC, 0.3 was reached
+# with 512 KiB (4 KiB pages), 0.5 with 1 MiB, 0.55 with 4 MiB. A memmove a page is slower still, at
+# any size of page. Calls that need no temporary are not cut.
+_SLICE_BYTES = 4 << 20
 
 _WORDS = (
     (16, torch.complex128),
@@ -55,7 +54,7 @@ def scatter(
 
 
 _Rows = torch.Tensor | slice
-_Operands = list[tuple[torch.Tensor, torch.Tensor, _Rows, _Rows]]
+_Operands = Iterator[tuple[torch.Tensor, torch.Tensor, _Rows, _Rows]]
 
 
 def _operands(
@@ -65,27 +64,20 @@ def _operands(
     slot_ids: torch.Tensor,
     first_block: int,
 ) -> _Operands:
-    """Pages and places as rows of words, with the row numbers on each side.
+    """Pages and places as rows of words, with the row numbers on each side: one call a tensor.
 
-    The blocks of a run that share a position in their chunks are one indexed copy a tensor.
+    Each costs some 20 us before it moves a byte, so that none is cut by chunk or by position.
     """
-    span = table.blocks_per_chunk
-    first = first_block % span
-    operands: _Operands = []
-    for position in range(span):
-        start = (position - first) % span  # the run's first block at this position
-        if start >= len(block_ids):
-            continue
-        blocks = _as_rows(block_ids[start::span])
-        first_chunk = (first + start) // span
-        chunks = _as_rows(
-            slot_ids[first_chunk : first_chunk + -(-(len(block_ids) - start) // span)]
-        )
-        for page in table.pages:
-            offset = page.offset + position * page.pitch
-            places = slots[:, offset : offset + page.page_bytes]
-            operands.append((*_widest(page.view, places), blocks, chunks))
-    return operands
+    blocks = _as_rows(block_ids)
+    number = first_block + torch.arange(len(block_ids))
+    slot = slot_ids[number // table.blocks_per_chunk]
+    position = number % table.blocks_per_chunk
+    numbered: dict[tuple[int, int], _Rows] = {}  # places of many tensors have the same numbers
+    for page in table.pages:
+        pages, places, steps = _rows_of(page, slots, table.blocks_per_chunk)
+        if steps not in numbered:
+            numbered[steps] = _as_rows(slot * steps[0] + position * steps[1])
+        yield pages, places, blocks, numbered[steps]
 
 
 def _as_rows(ids: torch.Tensor) -> _Rows:
@@ -96,25 +88,34 @@ def _as_rows(ids: torch.Tensor) -> _Rows:
     return ids.contiguous()
 
 
-def _widest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as rows of the widest word that their strides, offsets and width allow."""
-    bits = int(a.shape[1])
-    for x in (a, b):
-        bits |= int(x.storage_offset())
-        if x.shape[0] > 1:
-            bits |= int(x.stride(0))
+def _rows_of(
+    page: PageRow, slots: torch.Tensor, span: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """The pages, the places of one tensor in the slots, and how many rows of places lie between
+    two slots and between two positions.
+
+    Rows of places begin at every place and, where a slot is no multiple of a pitch, between places
+    too: such rows overlap, and are never named.
+    """
+    to_slot, to_position = int(slots.stride(0)), page.pitch
+    step = gcd(to_slot, to_position) if span > 1 else to_slot
+    offset = int(slots.storage_offset()) + page.offset
+    num_rows = ((slots.shape[0] - 1) * to_slot + (span - 1) * to_position) // step + 1
+    pages = page.view
+    places = slots.as_strided((num_rows, page.page_bytes), (step, 1), offset)
+    bits = page.page_bytes | step | offset | int(pages.storage_offset())
+    if pages.shape[0] > 1:
+        bits |= int(pages.stride(0))
     for size, dtype in _WORDS:
         if bits % size == 0:
-            return _view(a, dtype, size), _view(b, dtype, size)
-    return a, b
+            pages, places = _in_words(pages, dtype, size), _in_words(places, dtype, size)
+            break
+    return pages, places, (to_slot // step, to_position // step)
 
 
-def _view(rows: torch.Tensor, dtype: torch.dtype, size: int) -> torch.Tensor:
+def _in_words(rows: torch.Tensor, dtype: torch.dtype, size: int) -> torch.Tensor:
     # A single row may have any stride, which `view` would refuse.
-    if rows.shape[0] == 1:
-        return rows[0].view(dtype)[None]
-    assert rows.stride(0) % size == 0
-    return rows.view(dtype)
+    return rows[0].view(dtype)[None] if rows.shape[0] == 1 else rows.view(dtype)
 
 
 def _move(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
@@ -125,19 +126,7 @@ def _move(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows
             dst.index_copy_(0, dst_rows, src[src_rows])
     elif isinstance(dst_rows, slice):
         torch.index_select(src, 0, src_rows, out=dst[dst_rows])
-    elif src.shape[1] * src.element_size() >= _BIG_PAGE_BYTES:
-        _move_big_rows(src, src_rows, dst, dst_rows)
     else:
         step = max(1, _SLICE_BYTES // (src.shape[1] * src.element_size()))
         for ids, to in zip(torch.split(src_rows, step), torch.split(dst_rows, step), strict=True):
             dst.index_copy_(0, to, src.index_select(0, ids))
-
-
-def _move_big_rows(
-    src: torch.Tensor, src_rows: torch.Tensor, dst: torch.Tensor, dst_rows: torch.Tensor
-) -> None:
-    item = src.element_size()
-    sources = (src.data_ptr() + src_rows * (src.stride(0) * item)).tolist()
-    targets = (dst.data_ptr() + dst_rows * (dst.stride(0) * item)).tolist()
-    for target, source in zip(targets, sources, strict=True):
-        ctypes.memmove(target, source, src.shape[1] * item)
