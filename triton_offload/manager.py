@@ -7,8 +7,8 @@ protects the slots it uses), carried out elsewhere, and completed here (which re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -105,18 +105,19 @@ class CPUOffloadingManager(OffloadingManager):
         return ChunkState.READY if self._loadable(key) else ChunkState.PENDING
 
     def lookup(self, keys: Sequence[Key], blocks: Sequence[int] | None = None) -> int:
-        return self._lookup(keys, repeat(0) if blocks is None else self._masks(keys, blocks))
+        return self._lookup(keys, None if blocks is None else self._masks(keys, blocks))
 
-    def _lookup(self, keys: Sequence[Key], masks: Iterable[int]) -> int:
-        slot_of, storing, partial = self._slot_of, self._storing, self._partial
-        for length, (key, wanted) in enumerate(zip(keys, masks, strict=False)):
-            if key not in slot_of:
-                return length
+    def _lookup(self, keys: Sequence[Key], masks: Sequence[int] | None) -> int:
+        storing, partial = self._storing, self._partial
+        held = list(takewhile(self._slot_of.__contains__, keys))
+        if storing.keys().isdisjoint(held) and partial.keys().isdisjoint(held):
+            return len(held)  # every one is a whole chunk
+        for i, key in enumerate(held):
             if key in storing or key in partial:
                 loadable = self._loadable(key)
-                if not loadable or wanted & ~loadable:
-                    return length
-        return len(keys)
+                if not loadable or (masks and masks[i] & ~loadable):
+                    return i
+        return len(held)
 
     def _loadable(self, key: Key) -> int:
         """The blocks of a chunk that can be loaded; none while its first store is under way."""
@@ -152,25 +153,30 @@ class CPUOffloadingManager(OffloadingManager):
         num_to_evict = max(0, num_new - num_free)
         if num_to_evict > self._num_chunks - num_free - self.num_pinned - num_idle:
             return None
-        evicted = self._policy.evict(num_to_evict, known)
-        self._slots.put(map(slot_of.pop, evicted))
-        for key in evicted if self._partial else ():
-            self._partial.pop(key, None)
-        self._record(evicted, removed=True)
+        evicted: Sequence[Key] = ()
+        if num_to_evict:
+            evicted = self._policy.evict(num_to_evict, known)
+            self._slots.put(map(slot_of.pop, evicted))
+            for key in evicted if self._partial else ():
+                self._partial.pop(key, None)
+            self._record(evicted, removed=True)
 
-        idle = [key for key in extended if key not in loading]
-        self._policy.hold(idle)
-        self._num_busy += num_new + len(idle)
-        new = [key for key in to_write if key not in known] if extended else to_write
-        slot_of.update(zip(new, self._slots.take(num_new), strict=True))
-        storing.update(to_write)
-        slot_ids = np.array([slot_of[key] for key in to_write], dtype=np.int64)
+        slots = self._slots.take(num_new)
         fresh = self._all_fresh[:num_new]
         if extended:
+            slot_of.update(zip((key for key in to_write if key not in known), slots, strict=True))
+            slots = [slot_of[key] for key in to_write]
             fresh = np.array([key not in known for key in to_write])
+            idle = [key for key in extended if key not in loading]
+            self._policy.hold(idle)
+            self._num_busy += len(idle)
+        else:
+            slot_of.update(zip(to_write, slots, strict=True))
+        self._num_busy += num_new
+        storing.update(to_write)
         return PrepareStoreOutput(
             keys_to_store=tuple(to_write),
-            store_spec=CPULoadStoreSpec(slot_ids, fresh),
+            store_spec=CPULoadStoreSpec(np.array(slots, dtype=np.int64), fresh),
             evicted_keys=tuple(evicted),
             blocks=tuple(to_write.values()),
             pending_keys=tuple(pending),
@@ -201,7 +207,8 @@ class CPUOffloadingManager(OffloadingManager):
                 if partial[key] == self._every_block:
                     del partial[key]
         self._num_busy -= len(stored) + len(idle)
-        self._policy.release(idle)
+        if idle:
+            self._policy.release(idle)
         if success:
             self._policy.admit(stored)
             self._record(stored, removed=False)

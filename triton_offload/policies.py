@@ -126,11 +126,8 @@ class ARCPolicy:
     def admit(self, keys: Sequence[Key]) -> None:
         recent, frequent = self._recent, self._frequent
         ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
-        all_new = ghost_recent.keys().isdisjoint(keys) and ghost_frequent.keys().isdisjoint(keys)
         for key in reversed(keys):
-            if all_new:
-                recent[key] = None
-            elif key in ghost_recent:
+            if key in ghost_recent:
                 step = max(1.0, len(ghost_frequent) / len(ghost_recent))
                 self._target = min(float(self._capacity), self._target + step)
                 del ghost_recent[key]
@@ -152,7 +149,7 @@ class ARCPolicy:
             elif key in recent:
                 del recent[key]
                 frequent[key] = None
-            elif held and held.get(key) is False:
+            elif held.get(key) is False:
                 held[key] = True
                 self._num_held_recent -= 1
 
