@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -170,12 +171,13 @@ class CacheLayout:
                     )
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRun:
+class GroupRun(NamedTuple):
     """A job's consecutive blocks of one group, with the slots that hold their chunks.
 
     Block i of the run lies in `slot_ids[(first + i) // B]` at position `(first + i) % B`, with
     `first < B` the place of the run's first block in its first chunk.
+
+    A tuple, for a job makes one for each segment, and a frozen dataclass takes 2.5 times as long.
     """
 
     group: GroupLayout
