@@ -148,11 +148,13 @@ def gpu_results() -> Results:
             registers=62,
             stack_bytes=0,
         ),
-        Record(
+        record(
             "manager",
-            1.0,
-            1.0,
-            {"operations_per_second": 5e5, "group": "lru", "test": "test[lru-peer]"},
+            policy="arc",
+            chunks=10_000,
+            operations_per_second=9e5,
+            peer_speed=5e5,
+            ratio=1.8,
         ),
     ]
     facts = {"GPU": "NVIDIA Example", "cores": "16", "load average at the end": "1.0 1.0 1.0"}
