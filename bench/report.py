@@ -12,8 +12,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from promises import promises
 from report_gpu import gpu_sections
 from results import (
+    OURS,
     Record,
     Results,
     contenders_in,
@@ -23,11 +25,6 @@ from results import (
     time_name,
 )
 from tables import heading, image, table
-
-PLANNING_SECONDS = 0.3e-3
-PLANNING_RATIO = 10.0
-PLANNING_JOB = (8192, 80)
-MANAGER_RATIO = 2.0
 
 
 def build(results: Results, plots: Sequence[Path]) -> str:
@@ -77,36 +74,6 @@ def machine(results: Results) -> str:
     return heading("Machine") + table(["", ""], results.facts.items()) + busy
 
 
-def promises(results: Results) -> str:
-    """What the project says of itself, and whether this run shows it."""
-    rows = []
-    blocks, tensors = PLANNING_JOB
-    job = f"planning {blocks:,} blocks x {tensors} tensors"
-    for record in results.of("planning", blocks=blocks, tensors=tensors):
-        met = _met(record.seconds < PLANNING_SECONDS)
-        rows.append([job, f"< {time_name(PLANNING_SECONDS)}", time_name(record.seconds), met])
-        ratio = record.get("ratio")
-        if ratio is not None:
-            met = _met(ratio >= PLANNING_RATIO)
-            rows.append([f"{job}: vLLM's time over ours", ">= 10", f"{ratio:.1f}", met])
-    for record in results.of("manager"):
-        if (ratio := record.get("ratio")) is not None:
-            pool = f"{record['policy'].upper()} manager, {record['chunks']:,} chunks"
-            met = _met(ratio >= MANAGER_RATIO)
-            rows.append([f"{pool}: over vLLM's", f">= {MANAGER_RATIO:.0f}", f"{ratio:.1f}", met])
-    code = results.of("static")
-    ours = [r for r in code if r["kernel"] != "vLLM's"]
-    if ours:
-        stack = max(r["stack_bytes"] for r in ours)
-        rows.append(["stack of any kernel, any target", "0", f"{stack}", _met(stack == 0)])
-        wide = [r for r in ours if r["name"].startswith("zero copy, pages of 4 KiB")]
-        least = min(r["access_bytes"] for r in wide)
-        rows.append(["access of aligned pages", "16 bytes", f"{least} bytes", _met(least == 16)])
-    if not rows:
-        return ""
-    return heading("Promises") + table(["what", "wanted", "measured", ""], rows)
-
-
 def transfers(results: Results, drawn: dict[str, str]) -> str:
     records = results.of("transfer")
     if not records:
@@ -137,8 +104,32 @@ def transfers(results: Results, drawn: dict[str, str]) -> str:
         parts.append(
             table(["page", "pages", "fastest of our paths", "GB/s", "over the next"], rows)
         )
-    parts.append(_more_transfers(results))
+    parts += [_peers_ahead(records), _more_transfers(results)]
     return "\n".join(parts)
+
+
+def _peers_ahead(records: Sequence[Record]) -> str:
+    """The jobs that somebody else moves faster than all of our paths."""
+    rows = []
+    for direction, size, pages in sorted(
+        {(r["direction"], r["page_bytes"], r["pages"]) for r in records}
+    ):
+        facts = {"direction": direction, "page_bytes": size, "pages": pages}
+        here = [r for r in records if all(r[name] == value for name, value in facts.items())]
+        speeds = {r["contender"]: r["gb_per_s"] for r in here}
+        ours = max((speed for name, speed in speeds.items() if name in OURS), default=None)
+        peers = {name: speed for name, speed in speeds.items() if name not in OURS}
+        if ours is None or not peers:
+            continue
+        first = max(peers, key=peers.__getitem__)
+        if peers[first] > ours:
+            times = f"{peers[first] / ours:.2f}"
+            rows.append([direction, size_name(size), f"{pages:,}", first, times])
+    title = heading("Where a peer is ahead", 3)
+    if not rows:
+        return title + "Nowhere in this run.\n"
+    columns = ["direction", "page", "pages", "peer", "times our fastest path"]
+    return title + table(columns, rows)
 
 
 def _more_transfers(results: Results) -> str:
@@ -379,7 +370,3 @@ def not_measured(results: Results) -> str:
     if results.failed:
         parts.append("**Failed:**\n\n" + "".join(f"- `{name}`\n" for name in results.failed))
     return "\n".join(parts)
-
-
-def _met(met: bool) -> str:
-    return "met" if met else "**not met**"

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from contenders import BatchedCopy, Contender, CopyPerPage, IndexSelect, Ours, PlainCopy
 from peers import VLLMWorker
+from results import ONE_COPY, PATHS
+from results import OURS as ALL_OURS
 from timing import DEVICE, HAS_GPU, note, rounds_for, seconds, synchronize
 from world import World
 
 from triton_offload.specs import Direction
 
 #: what this package is measured as; on the host device the rule is always zero copy
-PATHS = ("staged", "zero_copy", "copy_engine")
-OURS = (*PATHS, "auto") if HAS_GPU else PATHS
+OURS = ALL_OURS if HAS_GPU else PATHS
 PEERS = ("index_select", "copy per page", "batched copy", "batched copy, overlap", "vLLM")
 
 _BUILD: dict[str, Callable[[World], Contender]] = {
@@ -26,7 +27,9 @@ _BUILD: dict[str, Callable[[World], Contender]] = {
     "batched copy, overlap": lambda world: BatchedCopy(world, overlap=True),
     "vLLM": VLLMWorker,
     "whole slots": lambda world: PlainCopy(len(world.slot_ids) * world.layout.slot_bytes),
+    ONE_COPY: lambda world: PlainCopy(world.num_bytes),
 }
+_MOVES_NO_PAGES = ("whole slots", ONE_COPY)
 
 # Larger than the last cache of the processor that the figures of the CPU come from (32 MiB).
 _COLD_BYTES = 512 << 20 if HAS_GPU else 64 << 20
@@ -58,7 +61,7 @@ class Stage:
             world = self._world[1]
             contender = _BUILD[name](world) if name in _BUILD else Ours(world, name)
             self._contender = name, contender
-            if world.slots != "duplex" and name != "whole slots":
+            if world.slots != "duplex" and name not in _MOVES_NO_PAGES:
                 verify(contender, world)
         return self._contender[1]
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from contenders import Contender, Ours
+from results import ONE_COPY
 from stage import OURS, Stage
 from timing import DEVICE, HAS_GPU, device_seconds, needs_gpu, note, seconds, synchronize
 from world import GIB, KIB, MIB, World
@@ -89,7 +90,7 @@ def beside(
     return times, time.perf_counter() - begin
 
 
-@pytest.mark.parametrize("name", [*OURS, "index_select", "batched copy", "vLLM"])
+@pytest.mark.parametrize("name", [*OURS, "index_select", "batched copy", "vLLM", ONE_COPY])
 @pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
 @pytest.mark.parametrize("model_name", MODELS)
 def test_slowdown(

@@ -13,6 +13,7 @@ import run
 import torch
 from arbitration import Arbitration, WindowTrial, infer_arbitration, windows_that_suffice
 from peers import PACK_VARIABLE, pack_environment
+from promises import promises
 from results import Record, Results, crossover, largest_jobs, size_name, slope, time_name
 from tables import table
 from timing import EventClock, rounds_for
@@ -243,7 +244,8 @@ def test_the_report_of_a_gpu_has_a_section_for_every_kind() -> None:
         "50 us for each further segment",
         "touched and pinned after",
         "16 / 128 / 62 / 0",
-        "| lru | vLLM's | 0.50 M |",
+        "| ARC | 10,000 | 0.90 M | 0.50 M | 1.8 |",
+        "Nowhere in this run",
     ):
         assert words in text, words
     assert "No GPU was here" not in text
@@ -277,10 +279,76 @@ def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path)
     assert "## Transfers" not in text
 
 
+def promised(*records: Record) -> list[tuple[str, str]]:
+    """(what was measured, whether that is what was promised) of each promise."""
+    rows = [line.split(" | ") for line in promises(Results(records)).splitlines()[1:]]
+    found = [(row[2], row[3].removesuffix(" |")) for row in rows if len(row) == 4]
+    return found[2:]  # without the head of the table
+
+
 def test_a_promise_that_is_not_kept_is_called_so() -> None:
+    missed = "**not met**"
     slow = record("planning", 0.001, blocks=8192, tensors=80, peer_seconds=0.005, ratio=5.0)
-    text = report.promises(Results((slow,)))
-    assert text.count("**not met**") == 2
+    assert promised(slow) == [("1 ms", missed), ("5", missed)]
+    managers = [record("manager", policy="lru", chunks=1, ratio=ratio) for ratio in (1.99, 2.0)]
+    assert promised(*managers) == [("1.99", missed), ("2", "met")]
+    assert promised(record("manager", policy="lru", chunks=1)) == []  # without a peer
+    assert promises(Results(())) == ""
+
+
+def test_what_is_promised_of_transfers_depends_on_what_moves_them() -> None:
+    missed = "**not met**"
+
+    def largest(contender: str, device: str) -> list[Record]:
+        """Of a speed of 50 GB/s, 32, 47 and 48."""
+        sizes = ((512, 32.0), (4 * KIB, 32.0), (64 * KIB, 47.0), (2048 * KIB, 48.0))
+        return [transfer(contender, speed, size, 4096, device=device) for size, speed in sizes] + [
+            transfer(contender, 1.0, 4 * KIB, 16, device=device)
+        ]  # small jobs promise nothing
+
+    on_host = largest("zero_copy", "host device")
+    assert promised(*on_host) == [("0.64", "met"), ("0.94", "met")]
+    assert promised(*largest("staged", "host device")) == []  # not what a user gets
+    on_gpu = largest("auto", "gpu")
+    assert promised(*on_gpu) == [("0.64", missed), ("0.94", missed), ("0.96", "met")]
+
+    both = [
+        transfer("auto", speed, 64 * KIB, 4096, kind="both at once", device="gpu")
+        for speed in (74.0, 76.0)
+    ]
+    assert promised(*on_gpu, *both)[3:] == [("1.57", missed), ("1.62", "met")]
+
+
+def test_what_is_promised_of_a_model_beside_transfers_is_said_beside_one_copy() -> None:
+    def beside(contender: str, slowdown: float, direction: str = "load") -> Record:
+        facts = {"model": "decode", "direction": direction, "slowdown": slowdown}
+        return record("interference", device="gpu", contender=contender, **facts)
+
+    plain = beside("one copy", 1.05)
+    assert promised(plain, beside("auto", 1.06)) == [("1.0 points", "met")]
+    assert promised(plain, beside("auto", 1.08)) == [("3.0 points", "**not met**")]
+    assert promised(plain, beside("auto", 1.08, "store")) == []  # nothing to compare it with
+    waits = [
+        record("small copy", device="gpu", window_bytes=window, during_seconds=[2e-4, longest])
+        for window, longest in ((None, 3e-3), (1 << 20, 2e-4))
+    ]
+    assert promised(*waits) == [("3 ms", "**not met**")]
+
+
+def test_the_report_names_the_jobs_that_a_peer_moves_faster() -> None:
+    records = [
+        transfer("staged", 40.0, 4 * KIB, 256),
+        transfer("vLLM", 44.0, 4 * KIB, 256),
+        transfer("copy per page", 41.0, 4 * KIB, 256),
+        transfer("staged", 40.0, 64 * KIB, 16),
+        transfer("vLLM", 30.0, 64 * KIB, 16),
+        transfer("vLLM", 30.0, 2048 * KIB, 16),  # none of ours to compare it with
+    ]
+    text = report.transfers(Results(tuple(records)), {})
+    ahead = text[text.index("Where a peer is ahead") :]
+    assert "| store | 4 KiB | 256 | vLLM | 1.10 |" in ahead
+    assert "64 KiB" not in ahead
+    assert "2 MiB" not in ahead
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_random_chunks_come_back_as_they_were(path):
 @pytest.mark.parametrize("path", Path)
 def test_transfers_follow_the_compute_stream_and_it_can_follow_them(path):
     tensors = caches(4096)
-    with KVOffloader(tensors, "8MiB", path=path) as offloader:
+    with KVOffloader(tensors, "8MiB", path=path.value) as offloader:
         offloader._pool.wait_ready(60)
         for step in range(20):
             torch.cuda._sleep(1_000_000)  # the model is still at work when the job is submitted
