@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from triton_offload import KVOffloader
 from triton_offload.calibration import Path
+from triton_offload.device import device_for
 from triton_offload.kernels import pages, reference
 from triton_offload.kernels.table import PageTable
 from triton_offload.pipeline import PipelineOptions
@@ -57,6 +59,7 @@ def test_random_chunks_come_back_as_they_were(path):
     rng = random.Random(0)
     with KVOffloader(tensors, "8MiB", blocks_per_chunk=3, options=options) as offloader:
         offloader._pool.wait_ready(60)
+        assert offloader._pool.pinned
         for step in range(30):
             count, first = rng.randint(1, 30), rng.randrange(3)
             blocks = rng.sample(range(NUM_BLOCKS), 2 * count)
@@ -74,6 +77,7 @@ def test_transfers_follow_the_compute_stream_and_it_can_follow_them(path):
     tensors = caches(4096)
     with KVOffloader(tensors, "8MiB", path=path.value) as offloader:
         offloader._pool.wait_ready(60)
+        assert offloader._pool.pinned
         for step in range(20):
             torch.cuda._sleep(1_000_000)  # the model is still at work when the job is submitted
             tensors[0][:8] = step
@@ -85,6 +89,43 @@ def test_transfers_follow_the_compute_stream_and_it_can_follow_them(path):
             load.wait_on(torch.cuda.current_stream())
             assert bool((tensors[0][8:16] == step).all())
             load.wait(60)
+
+
+def test_copies_of_rows_and_in_batches_move_these_bytes_and_no_other():
+    device = device_for(torch.device("cuda", torch.cuda.current_device()))
+    stream, done = device.new_stream("copies"), device.new_event()
+    (cache,) = caches(96)
+    rows = torch.full((NUM_BLOCKS, 128), 0xA5, dtype=torch.uint8).pin_memory()
+    expected = rows.clone()
+    device.copy(rows[:, 16:80], cache[:, 32:], stream)
+    expected[:, 16:80] = cache[:, 32:].cpu()
+    lengths = [7, 1, 16, 3]
+    starts = [128 * row + 100 for row in range(len(lengths))]
+    sources = [96 * row + 5 for row in (9, 2, 4, 3)]
+    device.copy_batch(
+        np.array([rows.data_ptr() + start for start in starts]),
+        np.array([cache.data_ptr() + start for start in sources]),
+        np.array(lengths),
+        stream,
+    )
+    for start, source, length in zip(starts, sources, lengths, strict=True):
+        piece = cache.flatten()[source : source + length].cpu()
+        expected.view(-1)[start : start + length] = piece
+    device.record(done, stream)
+    device.synchronize(done, 60)
+    assert torch.equal(rows, expected)
+    device.close_stream(stream)
+
+
+def test_a_job_tells_its_bytes_and_its_time_on_the_device():
+    tensors = caches(4096)
+    with KVOffloader(tensors, "8MiB", path="staged") as offloader:
+        job = offloader.store([b"%d" % i for i in range(32)], range(32))
+        job.wait(60)
+        (result,) = offloader.get_finished()
+        assert (result.job_id, result.success) == (job.job_id, True)
+        assert result.num_bytes == 32 * 4096
+        assert 0 < result.seconds < 60
 
 
 def test_a_transfer_inside_a_graph_capture_is_refused():
