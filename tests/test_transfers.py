@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import POISON, World, load_specs, random_pages, sample, storage_of, store_specs
 
 from triton_offload.calibration import Path
-from triton_offload.pieces import whole_chunks
+from triton_offload.pieces import ChunkRanges, whole_chunks
 from triton_offload.pipeline import PipelineOptions
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, TransferStatus
 
@@ -291,7 +291,7 @@ def test_no_copy_crosses_a_piece_that_is_pinned_on_its_own():
     staging = torch.zeros(9, 64, dtype=torch.uint8)
     start = world.pool.slots.data_ptr()
     copied = []
-    for there, _ in whole_chunks(run, world.pool, staging):
+    for there, _ in whole_chunks(run, world.pool, staging, ChunkRanges.of(run, world.pool)):
         first = (there.data_ptr() - start) // 64
         copied.append(list(range(first, first + len(there))))
     assert copied == [[2, 3], [4, 5, 6, 7], [8], [12, 13]]

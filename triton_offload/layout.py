@@ -20,17 +20,19 @@ class GroupLayout:
 
     `table` places the pages in a slot of the host pool; `packed` places them in a staging buffer,
     where only the group's own tensors take room; `runs` are the byte ranges that the two share.
+    `has_gaps`: pages are padded, so that a run of theirs has bytes that no page of the group owns.
     """
 
     index: int
     table: PageTable
     packed: PageTable
     runs: tuple[ByteRun, ...]
+    has_gaps: bool
 
-    @property
-    def has_gaps(self) -> bool:
-        """Whether pages are padded: a run of theirs has bytes that no page of the group owns."""
-        return any(page.pitch != page.page_bytes for page in self.table.pages)
+    @classmethod
+    def of(cls, index: int, table: PageTable) -> GroupLayout:
+        gaps = any(page.pitch != page.page_bytes for page in table.pages)
+        return cls(index, table, table.packed(), table.runs, gaps)
 
 
 class CacheLayout:
@@ -61,7 +63,7 @@ class CacheLayout:
                 raise ValueError("groups: expected at least one group, got none")
             tables = [table.group(group) for group in groups]
             members = [dict(group) for group in groups]
-        self.groups = tuple(GroupLayout(i, t, t.packed(), t.runs) for i, t in enumerate(tables))
+        self.groups = tuple(GroupLayout.of(i, table) for i, table in enumerate(tables))
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())

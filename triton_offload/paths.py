@@ -16,10 +16,10 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.layout import CacheLayout, GroupRun
 from triton_offload.pieces import (
     SLICE_BYTES,
+    ChunkRanges,
     Pair,
     addresses,
     chunk_batches,
-    num_copies,
     positions,
     whole_chunks,
     zeros_over,
@@ -282,6 +282,7 @@ class PathQueue:
     def _copy_chunks(self, run: GroupRun, staging: torch.Tensor, skip: tuple[int, ...]) -> int:
         """Whole chunks, but those to skip, between staging and slots; how many copies."""
         device, stores = self._device, self._direction is Direction.STORE
+        ranges = ChunkRanges.of(run, self._pool, skip)
         ops = 0
         # One call each costs the caller some 10 us, a range of a batch 0.5. Pageable memory, and
         # slots that must be cut in slices, are left to plain copies.
@@ -289,14 +290,14 @@ class PathQueue:
             device.batches_copies
             and self._pool.pinned
             and run.group.packed.slot_bytes <= SLICE_BYTES
-            and num_copies(run, self._pool, skip) > _MANY_COPIES
+            and len(ranges.firsts) * len(run.group.runs) > _MANY_COPIES
         ):
             for slots, buffer, sizes in chunk_batches(run, self._pool, staging, skip):
                 ends = (slots, buffer) if stores else (buffer, slots)
                 device.copy_batch(*ends, sizes, self.copies)
                 ops += 1
             return ops
-        for there, here in whole_chunks(run, self._pool, staging, skip):
+        for there, here in whole_chunks(run, self._pool, staging, ranges):
             pair = (there, here) if stores else (here, there)
             device.copy(*pair, self.copies)
             ops += 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +20,40 @@ SLICE_BYTES = 8 << 20
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def whole_chunks(
-    run: GroupRun, pool: HostPool, staging: torch.Tensor, skip: tuple[int, ...] = ()
-) -> Iterator[Pair]:
-    """(slots, staging) rows of the run's chunks but `skip`, in copies of at most SLICE_BYTES.
+@dataclass(frozen=True, slots=True)
+class ChunkRanges:
+    """Chunks of a run in ranges of adjacent slots: the places of the first ones in the run, and
+    how many chunks each has."""
 
-    Adjacent slots leave in one copy; no copy crosses a piece of the pool that is pinned on its
-    own.
-    """
-    for place, slot, count in _adjacent(run.slot_ids, pool.piece_slots, skip):
+    firsts: Ids
+    counts: Ids
+
+    @classmethod
+    def of(cls, run: GroupRun, pool: HostPool, skip: tuple[int, ...] = ()) -> ChunkRanges:
+        """Of the run's chunks but `skip`; no range crosses a piece of the pool that is pinned on
+        its own."""
+        slot_ids = run.slot_ids
+        breaks = np.empty(len(slot_ids) + 1, dtype=np.bool_)
+        breaks[0] = breaks[-1] = True
+        breaks[1:-1] = (slot_ids[1:] - slot_ids[:-1] != 1) | (slot_ids[1:] % pool.piece_slots == 0)
+        for chunk in skip:
+            breaks[chunk : chunk + 2] = True
+        edges = breaks.nonzero()[0]
+        firsts, counts = edges[:-1], edges[1:] - edges[:-1]
+        if skip:
+            kept = ~np.isin(firsts, skip)
+            firsts, counts = firsts[kept], counts[kept]
+        return cls(firsts, counts)
+
+
+def whole_chunks(
+    run: GroupRun, pool: HostPool, staging: torch.Tensor, ranges: ChunkRanges
+) -> Iterator[Pair]:
+    """(slots, staging) rows of the ranges, in copies of at most SLICE_BYTES."""
+    slots = run.slot_ids[ranges.firsts].tolist()
+    for place, slot, count in zip(
+        ranges.firsts.tolist(), slots, ranges.counts.tolist(), strict=True
+    ):
         for part in run.group.runs:
             there = pool.slots[
                 slot : slot + count, part.slot_offset : part.slot_offset + part.num_bytes
@@ -39,31 +64,26 @@ def whole_chunks(
             yield from _slices(there, here)
 
 
-def num_copies(run: GroupRun, pool: HostPool, skip: tuple[int, ...] = ()) -> int:
-    """How many copies `whole_chunks` would make, but for slices."""
-    return sum(1 for _ in _adjacent(run.slot_ids, pool.piece_slots, skip)) * len(run.group.runs)
-
-
 def chunk_batches(
     run: GroupRun, pool: HostPool, staging: torch.Tensor, skip: tuple[int, ...] = ()
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """The same bytes as (slot addresses, staging addresses, sizes), in batches of at most
-    SLICE_BYTES, which no slot may exceed."""
-    places = np.delete(np.arange(len(run.slot_ids)), list(skip))
-    parts = run.group.runs
+    """The run's chunks but `skip` as (slot addresses, staging addresses, sizes) of their byte runs,
+    in batches of whole chunks and at most SLICE_BYTES, which no slot may exceed."""
+    places = np.arange(len(run.slot_ids))
+    if skip:
+        places = np.delete(places, skip)
     slots = pool.slots.data_ptr() + run.slot_ids[places] * pool.slots.stride(0)
     here = staging.data_ptr() + places * staging.stride(0)
-    within = np.array([[p.slot_offset, p.packed_offset, p.num_bytes] for p in parts])
-    slot_addresses = (slots[:, None] + within[:, 0]).ravel()
-    addresses = (here[:, None] + within[:, 1]).ravel()
-    sizes = np.tile(within[:, 2], len(places))
-    ends = np.cumsum(sizes)
-    begin = 0
-    while begin < len(sizes):
-        done = ends[begin] - sizes[begin]
-        end = int(np.searchsorted(ends, done + SLICE_BYTES, side="right"))
-        yield slot_addresses[begin:end], addresses[begin:end], sizes[begin:end]
-        begin = end
+    within = np.array([[p.slot_offset, p.packed_offset, p.num_bytes] for p in run.group.runs])
+    sizes = np.broadcast_to(within[:, 2], (len(places), len(within)))
+    step = SLICE_BYTES // int(within[:, 2].sum())
+    for begin in range(0, len(places), step):
+        chunks = slice(begin, begin + step)
+        yield (
+            (slots[chunks, None] + within[:, 0]).ravel(),
+            (here[chunks, None] + within[:, 1]).ravel(),
+            sizes[chunks].ravel(),
+        )
 
 
 def positions(slot: torch.Tensor, page: PageRow, begin: int, end: int) -> torch.Tensor:
@@ -105,30 +125,17 @@ def addresses(run: GroupRun, pool: HostPool) -> tuple[Ids, Ids, Ids]:
     return np.concatenate(pages), np.concatenate(slots), np.concatenate(sizes)
 
 
-def _adjacent(
-    slot_ids: Ids, piece_slots: int, skip: tuple[int, ...]
-) -> Iterator[tuple[int, int, int]]:
-    """(index of the first, its slot, count) of the runs of adjacent slots within one piece."""
-    if len(slot_ids) == 1:
-        if not skip:
-            yield 0, int(slot_ids[0]), 1
-        return
-    breaks = np.ones(len(slot_ids) + 1, dtype=np.bool_)
-    breaks[1:-1] = (np.diff(slot_ids) != 1) | (slot_ids[1:] % piece_slots == 0)
-    for chunk in skip:
-        breaks[chunk : chunk + 2] = True
-    edges = np.flatnonzero(breaks).tolist()
-    for begin, end in itertools.pairwise(edges):
-        if begin not in skip:
-            yield begin, int(slot_ids[begin]), end - begin
-
-
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
-    if a.numel() <= SLICE_BYTES:  # two splits cost its caller more than the rest of the copy
+    # Plain slices: a call of `torch.split` takes its caller 10 us.
+    num_rows, width = a.shape
+    rows = max(1, SLICE_BYTES // width)
+    if num_rows <= rows and width <= SLICE_BYTES:
         yield a, b
         return
-    rows = max(1, SLICE_BYTES // a.shape[1])
-    for x, y in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
-        yield from zip(
-            torch.split(x, SLICE_BYTES, dim=1), torch.split(y, SLICE_BYTES, dim=1), strict=True
-        )
+    for row in range(0, num_rows, rows):
+        x, y = a[row : row + rows], b[row : row + rows]
+        if width <= SLICE_BYTES:
+            yield x, y
+        else:
+            for begin in range(0, width, SLICE_BYTES):
+                yield x[:, begin : begin + SLICE_BYTES], y[:, begin : begin + SLICE_BYTES]

@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from triton_offload.device.base import Device, Event
@@ -26,11 +25,15 @@ class StagingBuffer:
     memory: torch.Tensor
     free_after: Event | None = None
     holds: PageTable | None = None
+    _viewed: tuple[PageTable, torch.Tensor] | None = None
 
     def slots(self, table: PageTable) -> torch.Tensor:
         """The buffer as uint8 `[slots that fit, slot_bytes]` of the packed table."""
-        count = self.memory.shape[0] // table.slot_bytes  # len() of a tensor takes 5 us
-        return self.memory[: count * table.slot_bytes].view(count, table.slot_bytes)
+        if self._viewed is None or self._viewed[0] is not table:
+            count = self.memory.shape[0] // table.slot_bytes
+            view = self.memory[: count * table.slot_bytes].view(count, table.slot_bytes)
+            self._viewed = table, view
+        return self._viewed[1]
 
 
 class StagingRing:
@@ -91,7 +94,7 @@ class IndexRing:
         tensors = []
         place = begin
         for part in parts:
-            np.copyto(self._array[place : place + len(part)], part)
+            self._array[place : place + len(part)] = part
             tensors.append(self._memory[place : place + len(part)])
             place += len(part)
         self._taken.append((begin, place))
