@@ -286,9 +286,7 @@ def _submission(results: Results) -> str:
         fitted += "" if chunks is None else f", {time_name(chunks)} for each further scattered slot"
         fitted += " (staged; a lane queues a bounded number of operations, the rest follows).\n"
     if not results.on_gpu:
-        fitted += (
-            "The host device's streams are threads: they take their share of the cores here.\n"
-        )
+        fitted += "No device takes part: what its driver or its threads take comes on top.\n"
     columns = ["blocks", "tensors", "path", "slots", "segments", "`transfer_async`"]
     return heading("Submitting a job", 3) + table(columns, rows) + "\n" + fitted
 
