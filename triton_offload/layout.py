@@ -21,6 +21,8 @@ class GroupLayout:
     `table` places the pages in a slot of the host pool; `packed` places them in a staging buffer,
     where only the group's own tensors take room; `runs` are the byte ranges that the two share.
     `has_gaps`: pages are padded, so that a run of theirs has bytes that no page of the group owns.
+    `columns`: int64 [5, tensors], of the table's pages their address in block 0, bytes between
+    blocks, page bytes, offset in the slot, and bytes between pages in the slot.
     """
 
     index: int
@@ -28,11 +30,17 @@ class GroupLayout:
     packed: PageTable
     runs: tuple[ByteRun, ...]
     has_gaps: bool
+    columns: Ids
 
     @classmethod
     def of(cls, index: int, table: PageTable) -> GroupLayout:
-        gaps = any(page.pitch != page.page_bytes for page in table.pages)
-        return cls(index, table, table.packed(), table.runs, gaps)
+        rows = [
+            (page.view.data_ptr(), page.block_stride, page.page_bytes, page.offset, page.pitch)
+            for page in table.pages
+        ]
+        columns = np.array(rows, dtype=np.int64).T.copy()
+        gaps = bool((columns[4] != columns[2]).any())
+        return cls(index, table, table.packed(), table.runs, gaps, columns)
 
 
 class CacheLayout:

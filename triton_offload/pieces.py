@@ -113,16 +113,22 @@ def addresses(run: GroupRun, pool: HostPool) -> tuple[Ids, Ids, Ids]:
     follows[1:] = (np.diff(run.block_ids) == 1) & (position[1:] != 0)
     starts = np.flatnonzero(~follows)
     lengths = np.diff(np.append(starts, len(place)))
-    pages: list[Ids] = []
-    slots: list[Ids] = []
-    sizes: list[Ids] = []
-    for page in table.pages:
-        joined = page.block_stride == page.page_bytes == page.pitch
-        at = starts if joined else np.arange(len(place))
-        pages.append(page.view.data_ptr() + run.block_ids[at] * page.block_stride)
-        slots.append(slot[at] + page.offset + position[at] * page.pitch)
-        sizes.append((lengths if joined else np.ones_like(at)) * page.page_bytes)
-    return np.concatenate(pages), np.concatenate(slots), np.concatenate(sizes)
+    columns = run.group.columns
+    _, stride, page_bytes, _, pitch = columns
+    joined = (stride == page_bytes) & (page_bytes == pitch)
+    ranges: list[tuple[Ids, Ids, Ids]] = []
+    for tensors, at, count in (
+        (joined, starts, lengths),
+        (~joined, np.arange(len(place)), np.ones(len(place), dtype=np.int64)),
+    ):
+        # A row for each tensor: numpy is asked once, not once for each of 80.
+        address, stride, page_bytes, offset, pitch = columns[:, tensors, None]
+        pages = address + run.block_ids[at] * stride
+        ranges.append((pages, slot[at] + offset + position[at] * pitch, count * page_bytes))
+    pages, slots, sizes = (
+        np.concatenate([rows.ravel() for rows in both]) for both in zip(*ranges, strict=True)
+    )
+    return pages, slots, sizes
 
 
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
