@@ -36,7 +36,7 @@ check: $(STAMPS)/package $(STAMPS)/dev
 mutants: $(STAMPS)/package
 	$(BIN)/python tests/mutant_table.py
 
-# What this machine can measure, about six minutes; bench/out/report.md says what it could not.
+# What this machine can measure, about three minutes; bench/out/report.md says what it could not.
 bench: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python bench/run.py
 

@@ -1,6 +1,6 @@
 """Runs the benchmarks that this machine can, and writes the report.
 
-    python bench/run.py                        # everything, about six minutes without a GPU
+    python bench/run.py                        # everything, about three minutes without a GPU
     python bench/run.py transfers kernels      # some suites; the report shows them alone
     python bench/run.py --report-only          # from the JSON of an earlier run
     python bench/run.py --require-gpu          # on a GPU machine, nothing installed

@@ -140,11 +140,11 @@ def checked_by(original: Callable[..., Any], carry_out: Callable[..., Any]) -> C
 
     def call(*args: Any) -> tuple[int]:
         try:
-            (error,) = original(*args)
-        except RuntimeError:  # the driver's functions; a TypeError is for the caller
+            error, *_ = original(*args)
+        except RuntimeError:  # no driver at all; a TypeError is for the caller
             pass
-        else:  # the runtime's
-            assert error == runtime.cudaError_t.cudaErrorInsufficientDriver
+        else:  # of the runtime, or of a driver that has no card
+            assert int(error) != 0, "something was there and took it: it would be done twice"
         carry_out(*args)
         return (0,)
 
@@ -183,12 +183,12 @@ def imitate() -> None:
     for name in (name for name in dir(cuda) if not name.startswith("__")):
         if callable(getattr(cuda, name)):
             setattr(torch.cuda, name, getattr(cuda, name))
-    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = Stream, Event, Graph  # type: ignore[misc, assignment]
+    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = Stream, Event, Graph
     for name in ("empty", "zeros", "full"):
         setattr(torch, name, in_cpu_memory(getattr(torch, name)))
-    torch.Tensor.cuda = torch.Tensor.clone  # type: ignore[method-assign, assignment]
-    torch.Tensor.pin_memory = torch.Tensor.clone  # type: ignore[method-assign, assignment]
-    torch.Tensor.is_pinned = lambda self: True  # type: ignore[method-assign, assignment, misc]
+    torch.Tensor.cuda = torch.Tensor.clone
+    torch.Tensor.pin_memory = torch.Tensor.clone
+    torch.Tensor.is_pinned = lambda self: True
     driver.cuMemcpyBatchAsync = checked_by(driver.cuMemcpyBatchAsync, copy_batch)
     runtime.cudaMemcpy2DAsync = checked_by(runtime.cudaMemcpy2DAsync, copy_rows)
 
@@ -207,7 +207,7 @@ def imitate() -> None:
     pages.prepare = lambda table, alignment, config: None
     compiling.backend_of = lambda kernel, device: "cuda"
     # Tensors "on the card" are CPU tensors in truth, whose device is the host's.
-    host.HostDevice = lambda: CUDADevice(CARD)  # type: ignore[assignment, misc]
+    host.HostDevice = lambda: CUDADevice(CARD)
 
 
 imitate()

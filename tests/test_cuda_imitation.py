@@ -15,7 +15,6 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py runs on the GPU that is here")
 def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
-    pytest.importorskip("cuda.bindings")
     command = [sys.executable, "-m", "pytest", "-p", "imitation_cuda", "-q", "-rs"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", str(TESTS / "test_cuda.py")],

@@ -14,7 +14,7 @@ from triton_offload.kernels.table import ByteRun, PageTable, check_ids
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GroupLayout:
     """One KV cache group: its pages in the slot, and in a staging buffer.
 

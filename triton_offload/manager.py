@@ -108,6 +108,7 @@ class CPUOffloadingManager(OffloadingManager):
         return self._lookup(keys, None if blocks is None else self._masks(keys, blocks))
 
     def _lookup(self, keys: Sequence[Key], masks: Sequence[int] | None) -> int:
+        """`lookup` with checked masks; None: any block of a chunk will do."""
         storing, partial = self._storing, self._partial
         held = list(takewhile(self._slot_of.__contains__, keys))
         if storing.keys().isdisjoint(held) and partial.keys().isdisjoint(held):

@@ -20,7 +20,7 @@ SLICE_BYTES = 8 << 20
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ChunkRanges:
     """Chunks of a run in ranges of adjacent slots: the places of the first ones in the run, and
     how many chunks each has."""
@@ -132,7 +132,7 @@ def addresses(run: GroupRun, pool: HostPool) -> tuple[Ids, Ids, Ids]:
 
 
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
-    # Plain slices: a call of `torch.split` takes its caller 10 us.
+    # Plain slices: a call of `torch.split` takes its caller 6 us, a slice 1.5.
     num_rows, width = a.shape
     rows = max(1, SLICE_BYTES // width)
     if num_rows <= rows and width <= SLICE_BYTES:

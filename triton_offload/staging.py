@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ class StagingBuffer:
     memory: torch.Tensor
     free_after: Event | None = None
     holds: PageTable | None = None
-    _viewed: tuple[PageTable, torch.Tensor] | None = None
+    _viewed: tuple[PageTable, torch.Tensor] | None = field(default=None, init=False)
 
     def slots(self, table: PageTable) -> torch.Tensor:
         """The buffer as uint8 `[slots that fit, slot_bytes]` of the packed table."""

@@ -66,7 +66,8 @@ def _operands(
 ) -> _Operands:
     """Pages and places as rows of words, with the row numbers on each side: one call a tensor.
 
-    Each costs some 20 us before it moves a byte, so that none is cut by chunk or by position.
+    Of chunks of 32 pages of 4 KiB one call for each position reached 0.2 of a plain copy's speed,
+    one for each chunk 0.3 to 0.5, this 0.5 to 0.65 (two cores of an EPYC).
     """
     blocks = _as_rows(block_ids)
     number = first_block + torch.arange(len(block_ids))
