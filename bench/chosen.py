@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from triton_offload.device.host import HostDevice
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.manager import CPUOffloadingManager
-from triton_offload.queue_manager import transfer_queue
+from triton_offload.pool.host_pool import HostPool
+from triton_offload.scheduler.manager import CPUOffloadingManager
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.queue_manager import transfer_queue
 
 Pair: TypeAlias = tuple[Callable[[], object], Callable[[], object]]
 

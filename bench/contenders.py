@@ -18,9 +18,9 @@ from timing import DEVICE, HAS_GPU
 from world import World
 
 from triton_offload.calibration import Path
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import transfer_queue
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import transfer_queue
 
 
 class Contender(ABC):

@@ -24,8 +24,8 @@ from timing import DEVICE, HAS_GPU, device_seconds, needs_gpu, note, seconds, sy
 from world import GIB, KIB, MIB, World
 
 from triton_offload.kernels import pages
-from triton_offload.pieces import SLICE_BYTES
 from triton_offload.specs import Direction
+from triton_offload.transfer.ranges import SLICE_BYTES
 
 JOB_BYTES = 512 * MIB if HAS_GPU else 32 * MIB
 OUTLAST = (

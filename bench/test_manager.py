@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from timing import note
 
-from triton_offload.manager import CPUOffloadingManager
+from triton_offload.scheduler.manager import CPUOffloadingManager
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "traces"
 TRACE = (

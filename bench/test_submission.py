@@ -22,12 +22,12 @@ from world import GIB, KIB, MIB, World
 from triton_offload.calibration import Path
 from triton_offload.device import Device, device_for
 from triton_offload.device.host import HostDevice
-from triton_offload.host_pool import HostPool
 from triton_offload.kernels import pages
-from triton_offload.layout import CacheLayout
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import OffloadingQueueManager, transfer_queue
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 
 NUM_BLOCKS = 16_384
 PAGE_BYTES = 1 * KIB

@@ -10,9 +10,9 @@ import torch
 from timing import DEVICE, HAS_GPU
 
 from triton_offload.device import device_for
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Direction, Ids
+from triton_offload.transfer.layout import CacheLayout
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 TENSORS = 16

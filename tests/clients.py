@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from model_world import Bytes, Span, World
 
 from triton_offload.job import OffloadJob, TransferFailedError
-from triton_offload.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.offloader import PoolFullError
+from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.specs import Direction, TransferStatus
 from triton_offload.testing import InjectedError
 

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from triton_offload.demo import Engine, tiny_llama
+from triton_offload.cli.demo import Engine, tiny_llama
 
 OUTPUT_TOKENS = 24
 PRESSURE_TOKENS = 40

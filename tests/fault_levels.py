@@ -6,14 +6,14 @@ from unittest.mock import patch
 
 from fault_worlds import GROUPS, NUM_CHUNKS, PADDED, SLOT_BYTES, SPAN, FaultWorld
 
-import triton_offload.host_pool as host_pool_module
+import triton_offload.pool.host_pool as host_pool_module
 from triton_offload.calibration import Path
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
 from triton_offload.offloader import KVOffloader
-from triton_offload.pipeline import Pipeline
-from triton_offload.queue_manager import transfer_queue
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline
+from triton_offload.transfer.queue_manager import transfer_queue
 
 # Some pieces are registered already when the registration of another fails.
 in_pieces = patch.object(host_pool_module, "_piece_slots", lambda num_slots, slot_bytes: 2)

@@ -19,15 +19,15 @@ import torch
 
 from triton_offload.calibration import Path
 from triton_offload.device.base import Device
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.pipeline import Pipeline, PipelineOptions
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import (
     Direction,
     TransferResult,
     TransferStatus,
 )
 from triton_offload.testing import InjectedError, SimulatedDevice
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 
 #: every call of the seam; a new one is found here, and lacks a test until the scenario makes it
 SEAM = tuple(

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from triton_offload import KVOffloader
 from triton_offload.calibration import Path
-from triton_offload.layout import CacheLayout
-from triton_offload.manager import PrepareStoreOutput
-from triton_offload.pipeline import PipelineOptions
+from triton_offload.scheduler.manager import PrepareStoreOutput
 from triton_offload.testing import SimulatedDevice
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
 
 Bytes = npt.NDArray[np.uint8]
 POISON = 0xEE

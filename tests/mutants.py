@@ -15,19 +15,19 @@ from unittest.mock import patch
 import scenarios
 from schedules import CONFIGURATIONS, run_schedule
 
-from triton_offload import pieces
 from triton_offload.device.base import Stream
-from triton_offload.lane import Job, Lane
-from triton_offload.manager import CPUOffloadingManager
 from triton_offload.offloader import KVOffloader
-from triton_offload.paths import PathQueue
-from triton_offload.pipeline import Pipeline
-from triton_offload.policies import FreeSlots, LRUPolicy
-from triton_offload.queue_manager import OffloadingQueueManager
+from triton_offload.scheduler.manager import CPUOffloadingManager
+from triton_offload.scheduler.policies import FreeSlots, LRUPolicy
 from triton_offload.specs import Direction
-from triton_offload.staging import IndexRing
 from triton_offload.testing import SimulatedDevice, Stuck
-from triton_offload.worker import DeviceWorker
+from triton_offload.transfer import ranges
+from triton_offload.transfer.lane import Job, Lane
+from triton_offload.transfer.paths import PathQueue
+from triton_offload.transfer.pipeline import Pipeline
+from triton_offload.transfer.queue_manager import OffloadingQueueManager
+from triton_offload.transfer.staging import IndexRing
+from triton_offload.transfer.worker import DeviceWorker
 
 MOST_SEEDS = 50
 
@@ -37,7 +37,7 @@ Patch = AbstractContextManager[Any]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """`rule`: what is taken away, by its number in `triton_offload/pipeline.py` or in words."""
+    """`rule`: what is taken away, by its number in `triton_offload/transfer/pipeline.py` or in words."""
 
     name: str
     rule: str
@@ -361,7 +361,7 @@ def paths_change_without_settling():
 
         return queue_unsettled
 
-    return _instead(Lane, "_queue_piece", make)
+    return _instead(Lane, "_queue_segment", make)
 
 
 @mutant("5", scenarios.a_load_that_waits)
@@ -696,7 +696,7 @@ def the_pool_is_unpinned_before_transfers_have_ended():
 
 @mutant("11", scenarios.small_copy_in_turn)
 def copies_are_not_cut_in_slices():
-    return patch.object(pieces, "SLICE_BYTES", 1 << 40)
+    return patch.object(ranges, "SLICE_BYTES", 1 << 40)
 
 
 @mutant("11", scenarios.small_copy_first_in_first_out)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from triton_offload.device.host import HostDevice
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import OffloadingQueueManager, transfer_queue
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferResult
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 
 POISON = 0xA5
 

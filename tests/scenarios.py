@@ -15,13 +15,9 @@ import torch
 from schedules import CROSSING_PATHS, HYBRID, NUM_BUFFERS, SINGLE
 
 from triton_offload.calibration import Path, PathTable
-from triton_offload.host_pool import HostPool
 from triton_offload.job import OffloadJob
-from triton_offload.layout import CacheLayout
 from triton_offload.offloader import KVOffloader, PoolFullError
-from triton_offload.pieces import SLICE_BYTES
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import transfer_queue
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import (
     CPULoadStoreSpec,
     GPULoadStoreSpec,
@@ -31,6 +27,10 @@ from triton_offload.specs import (
 from triton_offload.testing import Rates, SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.schedule import Stream
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.transfer.ranges import SLICE_BYTES
 
 SMALL = CacheShape()
 

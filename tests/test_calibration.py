@@ -14,7 +14,7 @@ import torch
 from gated import GatedDevice
 from typer.testing import CliRunner
 
-from triton_offload import KVOffloader, calibrate, queue_manager
+from triton_offload import KVOffloader
 from triton_offload.calibration import (
     CUDA_PATHS,
     HOST_PATHS,
@@ -25,18 +25,20 @@ from triton_offload.calibration import (
     PathTable,
     default_calibration,
 )
-from triton_offload.calibration_file import Machine, cache_file, dump, load, parse, save
-from triton_offload.cli import app
+from triton_offload.cli.main import app
 from triton_offload.device.cuda import launch_config
-from triton_offload.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
-from triton_offload.host_pool import HostPool
 from triton_offload.kernels.tiling import choose_config
-from triton_offload.layout import CacheLayout
-from triton_offload.machine import identify
-from triton_offload.pipeline import Pipeline, PipelineOptions
-from triton_offload.queue_manager import transfer_queue
-from triton_offload.rig import Rig
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
+from triton_offload.transfer import queue_manager
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.tuning import calibrate
+from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
+from triton_offload.tuning.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
+from triton_offload.tuning.machine import identify
+from triton_offload.tuning.rig import Rig
 
 SIZES = (4 << 10, 64 << 10, 1 << 20)
 COUNTS = (16, 256, 4096)
@@ -501,7 +503,7 @@ def quick(monkeypatch):
         progress(1, 1)
         return MEASURED
 
-    monkeypatch.setattr("triton_offload.cli_machine.run_calibration", run)
+    monkeypatch.setattr("triton_offload.cli.machine.run_calibration", run)
 
 
 def test_the_command_keeps_what_it_found(quick, own_cache):

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import triton_offload
-from triton_offload.cli import app
+from triton_offload.cli.main import app
 from triton_offload.device import host_pages
 
 
@@ -92,9 +92,9 @@ def test_host_bytes_are_chunks_of_the_full_model(trace):
 @pytest.mark.parametrize("status", [0, 1])
 def test_demo_exits_with_its_status(monkeypatch, status):
     seen = []
-    fake = types.ModuleType("triton_offload.demo")
+    fake = types.ModuleType("triton_offload.cli.demo")
     fake.run_demo = lambda json_output=False: seen.append(json_output) or status
-    monkeypatch.setitem(sys.modules, "triton_offload.demo", fake)
+    monkeypatch.setitem(sys.modules, "triton_offload.cli.demo", fake)
     assert run("demo", "--json").exit_code == status
     assert seen == [True]
 

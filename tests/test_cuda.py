@@ -13,7 +13,7 @@ from triton_offload.calibration import Path
 from triton_offload.device import device_for
 from triton_offload.kernels import pages, reference
 from triton_offload.kernels.table import PageTable
-from triton_offload.pipeline import PipelineOptions
+from triton_offload.transfer.pipeline import PipelineOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

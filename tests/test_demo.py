@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_offload import demo
+from triton_offload.cli import demo
 
 
 @dataclass

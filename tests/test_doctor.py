@@ -12,15 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from triton_offload import cli_machine, doctor, facts, machine
 from triton_offload.calibration import Path, default_calibration
-from triton_offload.calibration_file import Machine, cache_file
-from triton_offload.cli import app
+from triton_offload.cli import machine as cli_machine
+from triton_offload.cli.main import app
 from triton_offload.device.host import HostDevice
-from triton_offload.doctor import Status, examine, sound
-from triton_offload.facts import Facts, Speed, gather
-from triton_offload.machine import Link, LinkWidth, Roots
+from triton_offload.doctor import checks as doctor
+from triton_offload.doctor import facts
+from triton_offload.doctor.checks import Status, examine, sound
+from triton_offload.doctor.facts import Facts, Speed, gather
 from triton_offload.specs import Direction
+from triton_offload.tuning import machine
+from triton_offload.tuning.calibration_file import Machine, cache_file
+from triton_offload.tuning.machine import Link, LinkWidth, Roots
 
 ROOT = FilePath(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -246,11 +249,11 @@ def test_versions_are_those_that_the_package_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"torch>={doctor.TORCH}" in project["dependencies"]
     assert any(name.startswith(f"triton>={doctor.TRITON};") for name in project["dependencies"])
-    tree = ast.parse((ROOT / "triton_offload" / "vllm.py").read_text())
+    tree = ast.parse((ROOT / "triton_offload" / "vllm" / "versions.py").read_text())
     (supported,) = [
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "_SUPPORTED_VERSIONS"
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SUPPORTED_VERSIONS"
     ]
     assert supported == doctor.VLLM
 

@@ -12,10 +12,10 @@ from fault_worlds import NUM_CHUNKS, Job
 from triton_offload.calibration import Path
 from triton_offload.device.base import DeviceLostError
 from triton_offload.offloader import PoolFullError
-from triton_offload.queue_manager import OffloadingQueueManager
 from triton_offload.specs import CPULoadStoreSpec, Direction, LoadStoreSpec
 from triton_offload.testing import InjectedError
-from triton_offload.worker import FunctionWorker
+from triton_offload.transfer.queue_manager import OffloadingQueueManager
+from triton_offload.transfer.worker import FunctionWorker
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

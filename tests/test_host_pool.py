@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import triton_offload.host_pool as host_pool_module
+import triton_offload.pool.host_pool as host_pool_module
 from triton_offload.device.host import HostDevice
-from triton_offload.host_pool import HostPool
+from triton_offload.pool.host_pool import HostPool
 
 
 class RecordingDevice(HostDevice):

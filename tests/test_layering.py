@@ -13,22 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
-    {"kernels.table", "specs", "sizes", "chunks", "policies", "models", "shared_memory", "version"},
-    {"offloading_manager", "orphans"},
-    {"kernels.tiling", "kernels.reference", "manager", "calibration", "stats"},
-    {"calibration_file", "fitting"},
-    {"machine"},
-    {"kernels.compiling", "device.base", "device.realtime", "device.host_pages"},
-    {"kernels.pages"},
+    {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
+    {"version", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
+    {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
+    {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
+    {"scheduler.manager", "kernels.compiling"},
+    {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},
     {"device.host", "device.cuda"},
     {"device"},
-    {"layout", "host_pool"},
-    {"staging", "pieces"},
-    {"paths"},
-    {"lane"},
-    {"pipeline"},
-    {"worker"},
-    {"queue_manager"},
+    {"pool.host_pool", "transfer.layout"},
+    {"transfer.staging", "transfer.ranges"},
+    {"transfer.paths"},
+    {"transfer.lane"},
+    {"transfer.pipeline"},
+    {"transfer.worker"},
+    {"transfer.queue_manager"},
     {"testing.races", "testing.background"},
     {"testing.schedule"},
     {"testing.places", "testing.faults"},
@@ -39,14 +38,18 @@ LAYERS = [
     {"testing"},
     {"testing.engine"},
     {"testing.serving"},
-    {"rig"},
-    {"calibrate"},
-    {"job", "facts"},
-    {"offloader", "doctor"},
+    {"tuning.calibration_file", "tuning.fitting", "tuning.rig"},
+    {"tuning.machine"},
+    {"tuning.calibrate"},
+    {"job", "doctor.facts"},
+    {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
-    {"replay", "vllm"},
-    {"demo", "cli_machine"},
-    {"cli"},
+    {"cli.replay", "vllm.worker"},
+    {"vllm.spec"},
+    {"vllm"},
+    {"cli.demo", "cli.machine"},
+    {"cli.main"},
+    {"__main__"},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 
@@ -105,13 +108,13 @@ def test_imports_point_one_way(name):
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("triton_offload.calibration_file", ["torch", "triton", "vllm"]),
-        ("triton_offload.fitting", ["torch", "triton", "vllm"]),
+        ("triton_offload.tuning.calibration_file", ["torch", "triton", "vllm"]),
+        ("triton_offload.tuning.fitting", ["torch", "triton", "vllm"]),
         ("triton_offload", ["torch", "triton", "vllm", "numpy"]),
-        ("triton_offload.manager", ["torch", "triton", "vllm"]),
+        ("triton_offload.scheduler.manager", ["torch", "triton", "vllm"]),
         ("triton_offload.offloader", ["vllm", "typer", "rich"]),
         ("triton_offload.kernels.pages", ["triton_offload.specs", "vllm"]),
-        ("triton_offload.cli", ["vllm"]),
+        ("triton_offload.cli.main", ["vllm"]),
     ],
 )
 def test_a_part_loads_no_more_than_it_needs(module, forbidden):
@@ -138,4 +141,4 @@ def test_only_the_plug_in_and_the_demo_name_vllm():
             for node in ast.walk(ast.parse(file.read_text()))
         )
     ]
-    assert set(users) <= {"vllm", "demo"}
+    assert set(users) <= {"vllm", "vllm.spec", "vllm.worker", "cli.demo"}

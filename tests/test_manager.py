@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from triton_offload.manager import (
+from triton_offload.scheduler.manager import (
     ChunkState,
     CPUOffloadingManager,
     OffloadingEvent,
@@ -42,7 +42,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_manager_side_imports_no_torch() -> None:
-    code = "import triton_offload.manager, sys; sys.exit('torch' in sys.modules)"
+    code = "import triton_offload.scheduler.manager, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

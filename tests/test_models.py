@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from triton_offload.models import MODELS, geometry
+from triton_offload.cli.models import MODELS, geometry
 
 
 @pytest.mark.parametrize(

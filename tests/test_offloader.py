@@ -13,12 +13,12 @@ import triton_offload.offloader as offloader_module
 from triton_offload import KVOffloader
 from triton_offload.calibration import Path
 from triton_offload.job import TransferFailedError
-from triton_offload.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.offloader import PoolFullError
-from triton_offload.pipeline import PipelineOptions
+from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.sizes import format_bytes, parse_bytes
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
+from triton_offload.transfer.pipeline import PipelineOptions
 
 
 def caches(num_blocks: int = 64, layers: int = 3) -> dict[str, torch.Tensor]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from triton_offload.calibration import Path
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.pieces import SLICE_BYTES
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import transfer_queue
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec
 from triton_offload.testing import SimulatedDevice
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.transfer.ranges import SLICE_BYTES
 
 PAGE_BYTES = 8 << 10
 TENSORS = 32

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from triton_offload.manager import (
+from triton_offload.scheduler.manager import (
     ChunkState,
     CPUOffloadingManager,
     OffloadingEvent,
@@ -22,7 +22,7 @@ from triton_offload.manager import (
     UnknownKeyError,
     UnwrittenBlocksError,
 )
-from triton_offload.policies import ARCPolicy, FreeSlots, LRUPolicy
+from triton_offload.scheduler.policies import ARCPolicy, FreeSlots, LRUPolicy
 
 A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"
 NOBODY: set[bytes] = set()

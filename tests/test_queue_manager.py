@@ -13,14 +13,14 @@ from oracle import World, random_pages
 
 from triton_offload.calibration import Path
 from triton_offload.device.host import HostDevice
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.queue_manager import OffloadingQueueManager, transfer_queue
 from triton_offload.specs import (
     CPULoadStoreSpec,
     GPULoadStoreSpec,
     LoadStoreSpec,
     TransferStatus,
 )
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 
 
 @pytest.fixture
@@ -404,7 +404,7 @@ def test_an_unknown_path_or_too_small_slots_are_refused():
     world = World.build([random_pages(4, 64, 64, 0, 1)])
     with pytest.raises(ValueError, match=r"path: expected one of .*'auto'.*got 'fast'"):
         transfer_queue(world.layout, world.pool, path="fast")
-    from triton_offload.host_pool import HostPool
+    from triton_offload.pool.host_pool import HostPool
 
     with pytest.raises(ValueError, match="pool: expected slots of at least 64 bytes, got 10"):
         transfer_queue(world.layout, HostPool.allocate(HostDevice(), 4, 10))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from triton_offload.cli.replay import ReplayOptions, TraceError, chunks_in, read_trace, replay
 from triton_offload.device import host_pages
-from triton_offload.replay import ReplayOptions, TraceError, chunks_in, read_trace, replay
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "traces"
 TRACE = Path(os.environ.get("TRITON_OFFLOAD_TRACES") or FOLDER) / "mooncake_conversation.jsonl"

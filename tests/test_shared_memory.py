@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from triton_offload.shared_memory import create, join
+from triton_offload.pool.shared_memory import create, join
 
 SIZE = 8192
 
 # Joins or creates, says so, and stays until its standard input ends.
 RANK = """
 import sys
-from triton_offload import shared_memory
+from triton_offload.pool import shared_memory
 make, path, rank, ranks, timeout = sys.argv[1:]
 memory = getattr(shared_memory, make)(path, 8192, int(ranks), float(timeout))
 memory[int(rank)] = 1

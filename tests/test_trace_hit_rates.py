@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from triton_offload.manager import CPUOffloadingManager
+from triton_offload.scheduler.manager import CPUOffloadingManager
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "traces"
 TRACE = (

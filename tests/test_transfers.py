@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from oracle import POISON, World, load_specs, random_pages, sample, storage_of, store_specs
 
 from triton_offload.calibration import Path
-from triton_offload.pieces import ChunkRanges, whole_chunks
-from triton_offload.pipeline import PipelineOptions
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, TransferStatus
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.ranges import ChunkRanges, whole_chunks
 
 NUM_BLOCKS = 24
 NUM_SLOTS = 12
@@ -223,7 +223,7 @@ def test_a_load_submitted_behind_a_store_of_the_same_slots_reads_what_it_wrote()
 @pytest.mark.parametrize("adjacent", [True, False])
 def test_many_scattered_chunks_leave_in_batches_of_a_slice(monkeypatch, adjacent):
     slot_bytes = 64 + 32
-    monkeypatch.setattr("triton_offload.pieces.SLICE_BYTES", 5 * slot_bytes)
+    monkeypatch.setattr("triton_offload.transfer.ranges.SLICE_BYTES", 5 * slot_bytes)
     world = World.build(
         [random_pages(64, 64, 64, 0, 5), random_pages(64, 32, 48, 8, 6)],
         num_slots=64,

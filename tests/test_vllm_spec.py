@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
     from triton_offload import vllm as plugin
+    from triton_offload.vllm import spec as plugin_spec
 
 _OTHER_VLLM = Path(sys.prefix) / "vllm-0.33"
 _B = 3  # blocks a chunk
@@ -43,7 +44,7 @@ _CHUNKS = 10
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plugin, cpu_spec):
+    for module in (plugin_spec, cpu_spec):
         monkeypatch.setattr(module, "current_platform", CpuPlatform())
 
 
@@ -200,10 +201,10 @@ def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
         is_rocm=lambda: False,
         is_xpu=lambda: False,
     )
-    for module in (plugin, cpu_spec):
+    for module in (plugin_spec, cpu_spec):
         monkeypatch.setattr(module, "current_platform", cuda)
     monkeypatch.setattr(cpu_spec, "_all_workers_barrier", lambda: None)
-    monkeypatch.setattr(plugin, "PIN_MEMORY", False)
+    monkeypatch.setattr(plugin_spec, "PIN_MEMORY", False)
     regions = []
     create_region = plugin.TritonOffloadingSpec._create_region
 
@@ -357,7 +358,7 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str)
 
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     xpu = SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False, device_name="xpu")
-    monkeypatch.setattr(plugin, "current_platform", xpu)
+    monkeypatch.setattr(plugin_spec, "current_platform", xpu)
     with pytest.raises(ValueError, match=f"{_SUPPORT}.*got the platform 'xpu'"):
         plugin.TritonOffloadingSpec(_make_config())
 

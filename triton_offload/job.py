@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from triton_offload.policies import Key
+from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction, TransferResult
 
 if TYPE_CHECKING:

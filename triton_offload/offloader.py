@@ -14,18 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from triton_offload.calibrate import calibration_for
 from triton_offload.calibration import Calibration
-from triton_offload.chunks import ChunkSpan, pieces_to_store
 from triton_offload.device import Device, device_for
-from triton_offload.host_pool import HostPool
 from triton_offload.job import OffloadJob
 from triton_offload.kernels.table import check_ids
-from triton_offload.layout import CacheLayout
-from triton_offload.manager import CPUOffloadingManager, OffloadingEvent
-from triton_offload.pipeline import PipelineOptions
-from triton_offload.policies import Key
-from triton_offload.queue_manager import transfer_queue
+from triton_offload.pool.host_pool import HostPool
+from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
+from triton_offload.scheduler.manager import CPUOffloadingManager, OffloadingEvent
+from triton_offload.scheduler.policies import Key
 from triton_offload.sizes import parse_bytes
 from triton_offload.specs import (
     CPULoadStoreSpec,
@@ -37,6 +33,10 @@ from triton_offload.specs import (
     as_ids,
 )
 from triton_offload.stats import DirectionStats, OffloadingStats
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import PipelineOptions
+from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.tuning.calibrate import calibration_for
 
 BlockIds = Sequence[int] | npt.NDArray[np.integer]
 
@@ -167,12 +167,12 @@ class KVOffloader:
             chunks = [place[key] for key in output.keys_to_store]
             assert output.store_spec.fresh is not None
             try:
-                for piece in pieces_to_store(span, chunks, output.blocks):
+                for run in runs_to_store(span, chunks, output.blocks):
                     transfer = self._queue.transfer_async(
-                        self._device_spec(ids[piece.blocks], piece.first, group),
+                        self._device_spec(ids[run.blocks], run.first, group),
                         CPULoadStoreSpec(
-                            output.store_spec.slot_ids[piece.chunks],
-                            output.store_spec.fresh[piece.chunks],
+                            output.store_spec.slot_ids[run.chunks],
+                            output.store_spec.fresh[run.chunks],
                         ),
                         stream=stream,
                     )

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Ids
 from triton_offload.testing.simulated import SimulatedDevice
+from triton_offload.transfer.layout import CacheLayout
 
 Bytes = npt.NDArray[np.uint8]
 

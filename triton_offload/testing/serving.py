@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from triton_offload.queue_manager import OffloadingQueueManager
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -17,6 +16,7 @@ from triton_offload.specs import (
     TransferStatus,
 )
 from triton_offload.testing.engine import EngineMemory
+from triton_offload.transfer.queue_manager import OffloadingQueueManager
 
 
 @dataclass(slots=True, eq=False)

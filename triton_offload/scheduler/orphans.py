@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from triton_offload.policies import Key
+from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from triton_offload import machine
-from triton_offload.calibrate import Progress
 from triton_offload.calibration import Calibration, Path, default_calibration
-from triton_offload.calibration_file import Machine, cache_file, load
 from triton_offload.device import device_for
-from triton_offload.rig import RIG_BYTES, Rig
 from triton_offload.specs import Direction
+from triton_offload.tuning import machine
+from triton_offload.tuning.calibrate import Progress
+from triton_offload.tuning.calibration_file import Machine, cache_file, load
+from triton_offload.tuning.rig import RIG_BYTES, Rig
 
 _PAGE_BYTES = (4 << 10, 64 << 10, 1 << 20)
 _DISTRIBUTIONS = {  # what a package is called where it is installed

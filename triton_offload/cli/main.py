@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import triton_offload
-from triton_offload.cli_machine import calibrate, doctor
-from triton_offload.models import MODELS
-from triton_offload.replay import ReplayOptions, ReplayReport, chunks_in, read_trace
-from triton_offload.replay import replay as run_replay
+from triton_offload.cli.machine import calibrate, doctor
+from triton_offload.cli.models import MODELS
+from triton_offload.cli.replay import ReplayOptions, ReplayReport, chunks_in, read_trace
+from triton_offload.cli.replay import replay as run_replay
 from triton_offload.sizes import format_bytes, parse_bytes
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ def demo(json_output: _JSON = False) -> None:
 
     Exits with 1 where an output differs.
     """
-    from triton_offload.demo import run_demo
+    from triton_offload.cli.demo import run_demo
 
     raise typer.Exit(run_demo(json_output))
 

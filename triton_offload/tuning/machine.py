@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from triton_offload.calibration_file import Machine
+from triton_offload.tuning.calibration_file import Machine
 from triton_offload.version import __version__
 
 _GEN_OF_SPEED = {"2.5": 1, "5": 2, "8": 3, "16": 4, "32": 5, "64": 6}  # by GT/s

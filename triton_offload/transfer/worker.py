@@ -10,8 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from typing import Any
 
-from triton_offload.lane import Job
-from triton_offload.pipeline import Pipeline
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -20,6 +18,8 @@ from triton_offload.specs import (
     TransferResult,
     TransferStatus,
 )
+from triton_offload.transfer.lane import Job
+from triton_offload.transfer.pipeline import Pipeline
 
 
 class OffloadingWorker(ABC):

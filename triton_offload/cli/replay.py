@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.cli.models import geometry
 from triton_offload.job import OffloadJob
-from triton_offload.models import geometry
 from triton_offload.offloader import KVOffloader, PoolFullError
 from triton_offload.sizes import format_bytes
 from triton_offload.specs import Ids

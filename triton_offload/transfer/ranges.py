@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from triton_offload.host_pool import HostPool
 from triton_offload.kernels.table import PageRow
-from triton_offload.layout import GroupRun
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Ids
+from triton_offload.transfer.layout import GroupRun
 
 # Ordering rule 11: where a copy engine serves streams in turn, the engine's own small copy waits
 # for one slice, 150 us at 55 GB/s.

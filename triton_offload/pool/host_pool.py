@@ -12,8 +12,8 @@ from contextlib import ExitStack, suppress
 
 import torch
 
-from triton_offload import shared_memory
 from triton_offload.device.base import Background, Device
+from triton_offload.pool import shared_memory
 
 # One cudaHostRegister of 512 GiB or more always fails, and each stalls the process for 0.1 s a GB.
 _MAX_PIECE_BYTES = 256 << 20

@@ -14,10 +14,10 @@ import numpy as np
 from triton_offload.calibration import Path
 from triton_offload.device import Device
 from triton_offload.device.base import Stream
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.pipeline import Pipeline, PipelineOptions
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 
 RIG_BYTES = 64 << 20  # 1.2 ms of a Gen5 x16 link: several segments, and more than caches hold
 _TENSORS = 8

@@ -11,9 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from triton_offload.calibration import Calibration, Path
-from triton_offload.host_pool import HostPool
-from triton_offload.layout import CacheLayout
-from triton_offload.pipeline import Pipeline, PipelineOptions
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -21,7 +19,9 @@ from triton_offload.specs import (
     LoadStoreSpec,
     TransferResult,
 )
-from triton_offload.worker import (
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.worker import (
     DeviceWorker,
     FunctionWorker,
     OffloadingWorker,

@@ -18,17 +18,17 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from triton_offload import doctor as checks
-from triton_offload.calibrate import PAGE_BYTES, PAGES, Progress
-from triton_offload.calibrate import calibrate as run_calibration
 from triton_offload.calibration import Calibration
 from triton_offload.calibration import Path as TransferPath
-from triton_offload.calibration_file import cache_file, dump, save
-from triton_offload.doctor import Finding, Status
-from triton_offload.facts import Facts, Speed, gather
-from triton_offload.machine import identify
+from triton_offload.doctor import checks
+from triton_offload.doctor.checks import Finding, Status
+from triton_offload.doctor.facts import Facts, Speed, gather
 from triton_offload.sizes import format_bytes, parse_bytes
 from triton_offload.specs import Direction
+from triton_offload.tuning.calibrate import PAGE_BYTES, PAGES, Progress
+from triton_offload.tuning.calibrate import calibrate as run_calibration
+from triton_offload.tuning.calibration_file import cache_file, dump, save
+from triton_offload.tuning.machine import identify
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 _DEVICE = Annotated[

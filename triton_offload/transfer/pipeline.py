@@ -27,11 +27,11 @@ import numpy as np
 from triton_offload.calibration import CUDA_PATHS, HOST_PATHS, Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import Stream
-from triton_offload.host_pool import HostPool
-from triton_offload.lane import Job, Lane
-from triton_offload.layout import CacheLayout, GroupRun
-from triton_offload.paths import PathQueue, SlotMarks
+from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+from triton_offload.transfer.lane import Job, Lane
+from triton_offload.transfer.layout import CacheLayout, GroupRun
+from triton_offload.transfer.paths import PathQueue, SlotMarks
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device.base import Device, DeviceLostError, Event
-from triton_offload.layout import CacheLayout, GroupRun
-from triton_offload.paths import Gate, PathQueue, Queued, Segment, SlotMarks
 from triton_offload.specs import Direction, TransferResult, TransferStatus
-from triton_offload.staging import IndexRing
+from triton_offload.transfer.layout import CacheLayout, GroupRun
+from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment, SlotMarks
+from triton_offload.transfer.staging import IndexRing
 
 # Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
 # is counted before it is known how many operations it needs.
@@ -44,8 +44,8 @@ class Job:
     after: list[Job]
     lane: Lane
     sequence: int
-    pieces: Iterator[_Piece] | None = None
-    held: _Piece | None = None  # taken from `pieces`, not queued yet
+    planned: Iterator[_Planned] | None = None
+    held: _Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None
     slots: Gate | None = None
     start: Event | None = None
@@ -70,7 +70,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Planned:
     """What one segment is made of, in whatever path it crosses."""
 
     path: Path
@@ -94,7 +94,7 @@ class _InFlight:
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
 
-    `mark_slots` is asked once for every piece, in the order in which they are queued.
+    `mark_slots` is asked once for every segment, in the order in which they are queued.
     """
 
     def __init__(
@@ -187,12 +187,12 @@ class Lane:
         """Queue the job's segments; False where the rest must wait for room."""
         if not job.started:
             self._start(job)
-        assert job.pieces is not None
+        assert job.planned is not None
         while job.error is None:
-            job.held = job.held or next(job.pieces, None)
+            job.held = job.held or next(job.planned, None)
             if job.held is None:
                 return True
-            if not self._has_room(job.held.run) or not self._queue_piece(job, job.held):
+            if not self._has_room(job.held.run) or not self._queue_segment(job, job.held):
                 return False
         return True
 
@@ -211,7 +211,7 @@ class Lane:
         job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
         ends = [other.end for other in job.after if not other.finished and other.end is not None]
         job.slots = Gate(self._device, ends)
-        job.pieces = self._split(job)
+        job.planned = self._split(job)
 
     def _starts_on_copies(self, job: Job) -> bool:
         if not job.runs:
@@ -221,12 +221,12 @@ class Lane:
             path is Path.STAGED and self.direction is Direction.LOAD
         )
 
-    def _split(self, job: Job) -> Iterator[_Piece]:
+    def _split(self, job: Job) -> Iterator[_Planned]:
         for run in job.runs:
             path = self._choose(run)
             most = max(1, self._max_segment_indices // (self._layout.blocks_per_chunk + 1))
             for part in run.split(min(most, self.paths.max_chunks(path, run))):
-                yield _Piece(path, part, self._mark_slots(part))
+                yield _Planned(path, part, self._mark_slots(part))
 
     def _choose(self, run: GroupRun) -> Path:
         table = run.group.table
@@ -248,23 +248,23 @@ class Lane:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
 
-    def _queue_piece(self, job: Job, piece: _Piece) -> bool:
+    def _queue_segment(self, job: Job, planned: _Planned) -> bool:
         """Queue one segment; False where its ids must wait for room."""
         assert job.pages is not None
         assert job.slots is not None
-        run = piece.run
+        run = planned.run
         ids = self._indices.take(run.block_ids, run.slot_ids)
         if ids is None:
             return False
-        path = self._allowed(piece.path)
+        path = self._allowed(planned.path)
         try:
             if self._last_path not in (None, path):
                 self.paths.settle()  # ordering rule 5, where neighbours end on different streams
             self._last_path = path
-            segment = Segment(run, ids[0], ids[1], piece.marks)
+            segment = Segment(run, ids[0], ids[1], planned.marks)
             queued = self.paths.queue(path, segment, job.pages, job.slots)
         except Exception as error:
-            self._abandon(job, piece, path, error)
+            self._abandon(job, planned, path, error)
             return True
         job.held = None
         job.last = queued
@@ -273,7 +273,7 @@ class Lane:
         )
         return True
 
-    def _abandon(self, job: Job, piece: _Piece, path: Path, error: Exception) -> None:
+    def _abandon(self, job: Job, planned: _Planned, path: Path, error: Exception) -> None:
         """A segment was not queued, or only in part: settle, and let it try another path once."""
         ends = self._settle()
         if not ends:  # no path is any better
@@ -281,7 +281,7 @@ class Lane:
             return
         self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
         stands_in = _FALLBACK[path]
-        if path is not piece.path or stands_in in self._broken:
+        if path is not planned.path or stands_in in self._broken:
             job.error = error
         # Of staged and copy engine, each other's fallback, one is kept, for better times.
         if path is Path.ZERO_COPY or stands_in not in self._broken:
@@ -384,7 +384,7 @@ class Lane:
             job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
         if job.error is not None:
             self.paths.distrust()
-        job.pieces = None
+        job.planned = None
         job.after.clear()
         self.finished.append(job)
 

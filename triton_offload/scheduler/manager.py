@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from triton_offload.offloading_manager import (
+from triton_offload.scheduler.base import (
     ChunkState,
     OffloadingEvent,
     OffloadingManager,
@@ -21,8 +21,8 @@ from triton_offload.offloading_manager import (
     UnknownKeyError,
     UnwrittenBlocksError,
 )
-from triton_offload.orphans import Orphans
-from triton_offload.policies import ARCPolicy, EvictionPolicy, FreeSlots, Key, LRUPolicy
+from triton_offload.scheduler.orphans import Orphans
+from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, FreeSlots, Key, LRUPolicy
 from triton_offload.specs import CPULoadStoreSpec, Direction
 
 __all__ = [

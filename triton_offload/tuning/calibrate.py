@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch
 
 from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
-from triton_offload.calibration_file import Machine, cache_file, load, save
 from triton_offload.device import Device, device_for
-from triton_offload.fitting import Measurement, Measurements, fit, pick
-from triton_offload.machine import identify
-from triton_offload.pipeline import Pipeline, PipelineOptions
-from triton_offload.rig import RIG_BYTES, Rig
 from triton_offload.specs import Direction
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.tuning.calibration_file import Machine, cache_file, load, save
+from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
+from triton_offload.tuning.machine import identify
+from triton_offload.tuning.rig import RIG_BYTES, Rig
 
 Progress = Callable[[int, int], None]  # steps done, of so many
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from triton_offload.policies import Key
+from triton_offload.scheduler.policies import Key
 from triton_offload.specs import CPULoadStoreSpec
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from triton_offload.calibration import Path
-from triton_offload.facts import Facts
+from triton_offload.doctor.facts import Facts
 from triton_offload.sizes import format_bytes
 from triton_offload.specs import Direction
 
 TORCH, TRITON = "2.11", "3.6"  # and later, as pyproject.toml says
-VLLM = ("0.32", "0.33")  # as vllm.py says
+VLLM = ("0.32", "0.33")  # as vllm/versions.py says
 
 # Of what the line code of a link leaves, packet headers take some 12 %; a plain copy that gets
 # less than this is held up by something else.

@@ -39,7 +39,7 @@ class ChunkSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class StorePiece:
+class StoreRun:
     """A part of a store that is one run: every chunk but its first and last is whole.
 
     `blocks`: which of the request's block ids, in order. `first`: the first one's position in its
@@ -51,31 +51,29 @@ class StorePiece:
     chunks: list[int] | slice
 
 
-def pieces_to_store(
-    span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]
-) -> list[StorePiece]:
+def runs_to_store(span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]) -> list[StoreRun]:
     """Cut a store of some chunks of a span into runs.
 
     `chunks[i]`: a chunk of the span; `masks[i]`: its blocks that are to be stored. The common
-    store is one piece; a chunk of which blocks in the middle are stored already makes two.
+    store is one run; a chunk of which blocks in the middle are stored already makes two.
     """
     if len(chunks) == span.num_chunks and list(masks) == span.masks():
-        return [StorePiece(slice(None), span.first, slice(None))] if chunks else []
+        return [StoreRun(slice(None), span.first, slice(None))] if chunks else []
     size = span.blocks_per_chunk
-    pieces: list[StorePiece] = []
+    runs: list[StoreRun] = []
     blocks: list[int] = []
     stored: list[int] = []
-    open_end = False  # the last piece ends at its chunk's end, so that the next chunk may join
+    open_end = False  # the last run ends at its chunk's end, so that the next chunk may join
     for i, (chunk, mask) in enumerate(zip(chunks, masks, strict=True)):
         for begin, end in _bit_runs(mask):
             if not (open_end and begin == 0):
                 blocks, stored = [], []
-                pieces.append(StorePiece(blocks, begin, stored))
+                runs.append(StoreRun(blocks, begin, stored))
             start = chunk * size - span.first
             blocks.extend(range(start + begin, start + end))
             stored.append(i)
             open_end = end == size
-    return pieces
+    return runs
 
 
 def _bit_runs(mask: int) -> list[tuple[int, int]]:

@@ -11,10 +11,11 @@ import torch
 
 from triton_offload.calibration import Path
 from triton_offload.device.base import Device, Event, Stream
-from triton_offload.host_pool import HostPool
 from triton_offload.kernels.table import PageTable
-from triton_offload.layout import CacheLayout, GroupRun
-from triton_offload.pieces import (
+from triton_offload.pool.host_pool import HostPool
+from triton_offload.specs import Direction
+from triton_offload.transfer.layout import CacheLayout, GroupRun
+from triton_offload.transfer.ranges import (
     SLICE_BYTES,
     ChunkRanges,
     Pair,
@@ -24,8 +25,7 @@ from triton_offload.pieces import (
     whole_chunks,
     zeros_over,
 )
-from triton_offload.specs import Direction
-from triton_offload.staging import StagingBuffer, StagingRing
+from triton_offload.transfer.staging import StagingBuffer, StagingRing
 
 _ZEROS_BYTES = 1 << 20
 _MANY_COPIES = 4

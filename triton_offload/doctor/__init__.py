@@ -1,0 +1,1 @@
+"""What stands in the way of fast transfers on this machine."""

@@ -1,0 +1,1 @@
+"""Host memory: the slots that chunks live in."""

@@ -1,0 +1,1 @@
+"""The worker side: how bytes move. Plans, paths, lanes, and their order."""

@@ -1,0 +1,1 @@
+"""Measuring this machine, and keeping what was measured."""

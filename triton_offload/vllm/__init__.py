@@ -1,0 +1,29 @@
+"""The plug-in for vLLM's OffloadingConnector: vLLM decides what to offload, this moves the bytes.
+
+    --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+      "kv_connector_extra_config": {"spec_name": "TritonOffloadingSpec",
+      "spec_module_path": "triton_offload.vllm", "cpu_bytes_to_use": 8589934592}}'
+
+Every option of vLLM's `CPUOffloadingSpec` applies; `path` ("auto", "staged", "zero_copy" or
+"copy_engine") and `calibration` ("auto", "off" or a file) are ours, and mean what they do for
+`KVOffloader`. The only part of this package that imports vllm at its top.
+"""
+
+from triton_offload.vllm.versions import SUPPORT, require_version
+
+try:
+    import vllm
+
+    from triton_offload.vllm.spec import TritonOffloadingSpec
+    from triton_offload.vllm.worker import TransferCounts, TritonOffloadingWorker
+except ImportError as _error:
+    raise ImportError(f"{SUPPORT}; this one lacks what they have: {_error}") from _error
+
+require_version(vllm.__version__)
+
+__all__ = [
+    "TransferCounts",
+    "TritonOffloadingSpec",
+    "TritonOffloadingWorker",
+    "require_version",
+]

@@ -1,0 +1,120 @@
+"""The spec: what vLLM asks for sizes, a manager and each rank's worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.kv_offload.cpu import gpu_worker as vllm_worker
+from vllm.v1.kv_offload.cpu import spec as vllm_spec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+from triton_offload.device import device_for
+from triton_offload.pool.host_pool import HostPool
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.versions import SUPPORT
+from triton_offload.vllm.worker import TritonOffloadingWorker
+
+
+class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  # vllm is untyped
+    """vLLM's CPU offloading with this package's transfers.
+
+    Manager, eviction policies, metrics and sizes are inherited. On CUDA the pool is vLLM's shared
+    region in vLLM's own slot format, so that what reads the region (tiers) reads ours too. Raises
+    ValueError for what is not supported, as early as the engine builds the spec.
+    """
+
+    _worker: Any
+
+    def __init__(self, config: Any) -> None:
+        if getattr(config, "canonical_layout", False):
+            raise ValueError(f"{SUPPORT}; got canonical_layout=True")
+        if not (current_platform.is_cuda() or current_platform.is_cpu()):
+            raise ValueError(f"{SUPPORT}; got the platform {current_platform.device_name!r}")
+        # One copy a rank is right for replicated (MLA) caches too, and needs no writer election.
+        # It has to be said before the sizes are worked out.
+        if getattr(config, "replicated_layout", False):
+            config = dataclasses.replace(config, replicated_layout=False)
+        super().__init__(config)
+        if self.num_chunks < 1:
+            raise ValueError(
+                f"cpu_bytes_to_use: expected at least one chunk of {self.kv_bytes_per_chunk} "
+                f"bytes, got {self.extra_config.get('cpu_bytes_to_use')}"
+            )
+
+    def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
+        """The worker of this rank, made on the first call.
+
+        `kv_caches`: vLLM's CanonicalKVCaches; the tensors must outlive the worker.
+        """
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        worker: TritonOffloadingWorker = self._worker
+        return worker
+
+    def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
+        layout = _layout(kv_caches, self.blocks_per_chunk)
+        if layout.slot_bytes > self.cpu_page_size_per_worker:
+            raise ValueError(
+                f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
+                f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
+            )
+        path = self.extra_config.get("path", "auto")
+        calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
+        device = device_for(layout.device, calibration)
+        if not self._uses_shared_region():
+            pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+            queue = transfer_queue(layout, pool, path, None, calibration)
+            return TritonOffloadingWorker(queue, pool)
+        region = self._create_region()
+        try:
+            if PIN_MEMORY:
+                _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=True)
+            slots = region.create_next_worker_view(self.cpu_page_size_per_worker)
+            pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=region.is_pinned)
+            # The region is pinned in pieces of whole rows, and no copy may straddle two.
+            rows = vllm_worker.MAX_HOST_REGISTER_CHUNK_BYTES // self.kv_bytes_per_chunk
+            pool.piece_slots = max(1, min(pool.num_slots, rows))
+            queue = transfer_queue(layout, pool, path, None, calibration)
+            return TritonOffloadingWorker(queue, pool, region.cleanup)
+        except BaseException:
+            region.cleanup()
+            raise
+
+    def _create_region(self) -> Any:
+        return _call(
+            SharedOffloadRegion,
+            engine_id=self.config.engine_id,
+            num_chunks=self.num_chunks,
+            rank=self.config.parallel.rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+            barrier=vllm_spec._all_workers_barrier,
+            num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1),  # since 0.33
+        )
+
+
+def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
+    tensors = [
+        cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes) for cache in kv_caches.tensors
+    ]
+    groups = []
+    for refs in kv_caches.group_data_refs:
+        pages: dict[int, int] = {}
+        for ref in refs:  # layers that share one cache name its tensor several times
+            pages[ref.tensor_idx] = max(pages.get(ref.tensor_idx, 0), ref.page_size_bytes)
+        groups.append(list(pages.items()))
+    return CacheLayout(tensors, blocks_per_chunk, groups)
+
+
+def _call(function: Callable[..., Any], **offered: Any) -> Any:
+    """Call with those of the offered arguments that this version of vLLM takes."""
+    taken = inspect.signature(function).parameters
+    return function(**{name: value for name, value in offered.items() if name in taken})
