@@ -37,7 +37,7 @@ Patch = AbstractContextManager[Any]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """`rule`: what is taken away, by its number in `triton_offload/transfer/pipeline.py` or in words."""
+    """`rule`: what is taken away, by its number in `transfer/pipeline.py` or in words."""
 
     name: str
     rule: str

@@ -1,0 +1,51 @@
+"""The list of breaks is as it should be; `python tests/breaks.py` runs them."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from breaks import ROOT, Break, read_breaks, verdict
+
+BREAKS = [each for entries in read_breaks().values() for each in entries]
+
+
+@pytest.mark.parametrize("each", BREAKS, ids=lambda each: each.name)
+def test_a_break_is_still_one(each):
+    ast.parse(each.broken((ROOT / each.file).read_text()))
+    for test in each.caught_by:
+        file, *names = test.split("::")
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        wanted = {name.partition("[")[0] for name in names}
+        assert wanted <= defined, f"{each.name}: no such test {test}"
+
+
+def test_no_two_breaks_have_one_name():
+    twice = [name for name, count in Counter(each.name for each in BREAKS).items() if count > 1]
+    assert not twice
+
+
+def test_what_is_not_there_is_no_break():
+    with pytest.raises(ValueError, match="got 2"):
+        Break("twice", "a.py", "x", "y", ("tests/test_a.py",)).broken("x = x")
+    with pytest.raises(ValueError, match="changes nothing"):
+        Break("same", "a.py", "x", "x", ("tests/test_a.py",)).broken("x = 1")
+
+
+@pytest.mark.parametrize(
+    ("status", "noticed"), [(None, True), (9, True), (1 << 8, True), (0, False), (2 << 8, False)]
+)
+def test_only_a_test_that_fails_notices(status, noticed):
+    assert verdict(status)[0] is noticed
+
+
+def test_each_break_names_a_file_of_the_project():
+    files = {each.file for each in BREAKS}
+    assert all(name.startswith(("triton_offload/", "kernels/")) for name in files)
+    assert all(Path(ROOT / name).is_file() for name in files)
