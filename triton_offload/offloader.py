@@ -434,7 +434,9 @@ class KVOffloader:
 
     def _cancel(self, entry: Entry) -> bool:
         """All of a job, if none of it has started."""
-        if entry.parts or not self._queue.cancel_together(entry.transfers):
+        if entry.parts:
+            return False
+        if entry.transfers and not self._queue.cancel_together(entry.transfers):
             return False
         self._ledger.cancelled(entry)
         self._complete(entry)

@@ -167,12 +167,6 @@ class Pipeline:
                 self._lanes[job.lane].cancel(job)
             return True
 
-    def cancel_all(self, jobs: list[Job]) -> bool:
-        with self._lock:
-            if any(job.started or job.queued or job.cancelled for job in jobs):
-                return False
-            return all([job.lane.cancel(job) for job in jobs])
-
     def take_finished(self, direction: Direction) -> list[Job]:
         """Jobs that finished since the last call, each lane's in order."""
         with self._lock:
