@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
-    {"version", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
+    {"version", "process_lock", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
     {"scheduler.manager", "kernels.compiling"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"device.host", "device.cuda"},
     {"device"},
     {"pool.host_pool", "transfer.layout"},
-    {"transfer.staging", "transfer.ranges"},
+    {"transfer.staging", "transfer.ranges", "transfer.slot_order"},
     {"transfer.paths"},
     {"transfer.lane"},
     {"transfer.pipeline"},
