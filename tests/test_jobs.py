@@ -108,17 +108,20 @@ def test_a_job_that_follows_another_ends_with_it_and_fails_with_it(device):
         device.fail_running.clear()
         second = offloader.store([b"a", b"b"], [1, 2])
         third = offloader.store([b"b", b"c"], [2, 3])
+        alone = offloader.store([b"a"], [1])  # moves nothing itself
+        assert not alone.done
         with pytest.raises(TimeoutError):
             second.wait(0.05)
         device.gate.set()
         with pytest.raises(TransferFailedError, match="injected"):
             first.wait(60)
-        with pytest.raises(TransferFailedError, match="injected"):
-            second.wait(60)
+        for job in (second, alone):
+            with pytest.raises(TransferFailedError, match="injected"):
+                job.wait(60)
         # Of the second job it needs what that one moved itself, and that has landed.
         assert third.wait(60).success
         assert [offloader.lookup([key]) for key in (b"a", b"b", b"c")] == [0, 1, 1]
-        assert sorted(r.job_id for r in offloader.get_finished()) == [1, 2, 3]
+        assert sorted(r.job_id for r in offloader.get_finished()) == [1, 2, 3, 4]
         offloader._check()
 
 
@@ -243,7 +246,11 @@ def test_a_stream_waits_for_both_runs_of_a_store(device):
         job = offloader.store([b"a"], [10, 11, 12])
         assert not job.source_released
         engine = device.new_stream("engine")
+        followed, wait_on = [], offloader._queue.wait_on
+        offloader._queue.wait_on = lambda *args: followed.append(args[0]) or wait_on(*args)
         job.wait_on(engine)
+        assert set(followed) == offloader._ledger.entry_of(job).transfers
+        assert len(followed) == 2
         engine.queue.put(lambda: kv[10:13].fill_(0xEE))
         overwritten = device.new_event()
         device.record(overwritten, engine)

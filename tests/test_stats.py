@@ -16,7 +16,8 @@ def test_jobs_are_counted_however_they_ended_and_bytes_where_they_landed():
         TransferResult(2, TransferStatus.FAILED, error=OSError()),
         TransferResult(3, TransferStatus.CANCELLED),
         TransferResult(4, TransferStatus.SUCCESS, 1_000_000_000, 3.0),
+        TransferResult(5, TransferStatus.SUCCESS),
     ):
         stats = stats.add(result)
-    assert (stats.jobs, stats.failed, stats.num_bytes) == (4, 2, 4_000_000_000)
+    assert (stats.jobs, stats.failed, stats.num_bytes) == (5, 2, 4_000_000_000)
     assert stats.gb_per_s == pytest.approx(1.0)
