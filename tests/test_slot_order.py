@@ -335,12 +335,12 @@ def test_many_threads_never_meet_on_a_slot_nor_wait_in_a_circle():
         with lock:
             errors.extend(slot for slot in writes if users[slot])
             errors.extend(slot for slot in reads if users[slot] < 0)
-            users.update({slot: 1 for slot in reads})
-            users.subtract({slot: 100 for slot in writes})
+            users.update(dict.fromkeys(reads, 1))
+            users.subtract(dict.fromkeys(writes, 100))
         threading.Event().wait(0.0002)
         with lock:
-            users.subtract({slot: 1 for slot in reads})
-            users.update({slot: 100 for slot in writes})
+            users.subtract(dict.fromkeys(reads, 1))
+            users.update(dict.fromkeys(writes, 100))
         return 1
 
     for medium, threads in ((Disk, 1), (Other, 3)):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -92,9 +91,10 @@ class SlotOrder:
                     del self._slots[slot_id]
             turn.come.set()
 
-    @contextmanager
-    def device_job(self, src: LoadStoreSpec, dst: LoadStoreSpec) -> Iterator[None]:
-        """Submit a device's job in here: no function enters meanwhile.
+    def submit_to_device(
+        self, src: LoadStoreSpec, dst: LoadStoreSpec, submit: Callable[[], None]
+    ) -> None:
+        """Submit a device's job, while no function enters.
 
         Raises RuntimeError where a function's job has to end first.
         """
@@ -102,7 +102,7 @@ class SlotOrder:
             if self._slots:
                 for slot_id, writing in _uses(src, dst).items():
                     self._refuse(slot_id, writing)
-            yield
+            submit()
 
     def _refuse(self, slot_id: int, writing: bool) -> None:
         slot = self._slots.get(slot_id)
