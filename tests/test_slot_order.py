@@ -41,15 +41,17 @@ def world(device):
     world.pool.slots.fill_(POISON)
     yield world
     device.gate.set()
+    Tier.gate.set()
     world.close()
 
 
 class Tier:
-    """Reads slots into Disk.rows and writes them from there; each job starts when told to."""
+    """Reads slots into Disk.rows and writes them from there, while the gate is open."""
+
+    gate = threading.Event()
 
     def __init__(self, world: World, num_threads: int = 2) -> None:
         self.world = world
-        self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Semaphore(0)
         world.queue.register_worker(CPULoadStoreSpec, Disk, self.read, num_threads)
@@ -388,3 +390,57 @@ def test_ids_of_a_spec_are_any_array():
     assert not second.come.is_set()
     first.leave()
     assert second.come.is_set()
+
+
+def test_a_function_waits_for_each_lane_of_the_device(world, device):
+    """A writer behind a load that stands still, and an expedited one that is done last."""
+    Tier(world)
+    succeed(world, store(world, [1, 2], [3, 4]))
+    pages = world.tensors[0].clone()
+    computing, stream = threading.Event(), device.new_stream("engine")
+    stream.queue.put(lambda: computing.wait(5))
+    slots = CPULoadStoreSpec([3]), CPULoadStoreSpec([4])
+    blocked = world.queue.transfer_async(slots[0], GPULoadStoreSpec([8]), stream=stream)
+    device.gate.clear()
+    last = world.queue.transfer_async(slots[1], GPULoadStoreSpec([9]), expedited=True)
+    job = from_disk(world, [3, 4])
+    device.gate.set()
+    world.queue.wait([last], 60)
+    with pytest.raises(TimeoutError):
+        world.queue.wait([job], 0.05)
+    computing.set()
+    succeed(world, blocked, last, job)
+    assert torch.equal(world.tensors[0][8:10], pages[1:3])
+    assert bool((world.pool.slots[3:5] == 7).all())
+    device.close_stream(stream)
+
+
+def test_slots_below_the_pools_first_are_no_reason_to_wait(world, device):
+    """numpy would take them for its last ones."""
+    Tier(world)
+    device.gate.clear()
+    under_way = store(world, [1], [15])
+    seen = threading.Event()
+
+    class Elsewhere(CPULoadStoreSpec):
+        pass
+
+    world.queue.register_worker(Elsewhere, Disk, lambda src, dst: seen.set())
+    succeed(world, world.queue.transfer_async(Elsewhere([-1]), Disk()))
+    assert seen.is_set()
+    device.gate.set()
+    succeed(world, under_way)
+
+
+def test_who_leaves_waits_no_longer():
+    order = SlotOrder()
+    first = order.enter(1, Disk(), CPULoadStoreSpec([3]))
+    second = order.enter(2, CPULoadStoreSpec([3, 4]), Disk())
+    second.leave()
+    second.wait()
+    third = order.enter(3, Disk(), CPULoadStoreSpec([4]))
+    assert third.come.is_set()
+    order._check()
+    first.leave()
+    third.leave()
+    assert not order._slots

@@ -36,9 +36,18 @@ class Tape(Disk):
 
 
 @pytest.fixture
-def manager():
+def gate():
+    """What a function waits for; it is open when the test has ended, well or not."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def manager(gate):
     manager = OffloadingQueueManager()
     yield manager
+    gate.set()
     manager.shutdown(60)
 
 
@@ -212,8 +221,7 @@ def test_a_worker_belongs_to_one_manager_and_may_move_several_kinds(manager):
     assert [result.job_id for result in finish(manager, *jobs)] == jobs
 
 
-def test_two_jobs_under_way_have_two_ids(world):
-    gate = threading.Event()
+def test_two_jobs_under_way_have_two_ids(world, gate):
     function = FunctionWorker(lambda src, dst: gate.wait(60))
     function.transfer_async(7, Disk(), Disk())
     with pytest.raises(ValueError, match="job_id: expected one that no job under way has, got 7"):
@@ -305,6 +313,7 @@ def test_pages_and_slots_of_subclasses_are_moved(world):
 # -- waiting, cancelling, results --
 
 
+@pytest.fixture
 def blocked_and_done(world, device):
     """Two jobs of one worker, of which the first does not end until the event is set."""
     assert world.finish(store(world, [0, 1]))[0].success
@@ -314,24 +323,25 @@ def blocked_and_done(world, device):
     blocked = world.queue.transfer_async(slots, pages([8]), stream=stream)
     done = world.queue.transfer_async(slots, pages([9]), expedited=True)
     world.queue.wait([done], 60)
-    return blocked, done, computing, stream
+    yield blocked, done, computing
+    computing.set()
+    device.close_stream(stream)
 
 
 @pytest.mark.parametrize("last", ["blocked", "done"])
-def test_a_wait_is_for_each_of_the_ids_of_a_device_worker(world, device, last):
-    blocked, done, computing, stream = blocked_and_done(world, device)
+def test_a_wait_is_for_each_of_the_ids_of_a_device_worker(world, blocked_and_done, last):
+    blocked, done, computing = blocked_and_done
     ids = [done, blocked] if last == "blocked" else [blocked, done]
     with pytest.raises(TimeoutError):
         world.queue.wait(ids, 0.05)
     computing.set()
     world.queue.wait(ids, 60)
     assert sorted(result.job_id for result in world.queue.get_finished()) == sorted(ids)
-    device.close_stream(stream)
 
 
 @pytest.mark.parametrize("last", ["blocked", "done"])
-def test_a_wait_is_for_each_of_the_ids_of_a_function_worker(manager, last):
-    gate, ended = threading.Event(), threading.Event()
+def test_a_wait_is_for_each_of_the_ids_of_a_function_worker(manager, last, gate):
+    ended = threading.Event()
 
     def move(src, dst):
         if isinstance(src, Tape):
@@ -430,8 +440,8 @@ def test_one_deadline_holds_for_all_workers(manager, monkeypatch):
     assert [w.calls[-1] for w in workers] == [("shutdown", left) for left in (1.5, 0.5, 0.0)]
 
 
-def test_one_deadline_holds_for_all_jobs_of_a_worker(world, device, monkeypatch):
-    blocked, done, computing, stream = blocked_and_done(world, device)
+def test_one_deadline_holds_for_all_jobs_of_a_worker(world, device, blocked_and_done, monkeypatch):
+    blocked, done, computing = blocked_and_done
     loads = world.queue._worker_for(CPULoadStoreSpec, GPULoadStoreSpec)
     lefts, clock = [], Clock()
     with monkeypatch.context() as patch:
@@ -441,11 +451,9 @@ def test_one_deadline_holds_for_all_jobs_of_a_worker(world, device, monkeypatch)
     assert lefts == [1.5, 0.5, 0.0]
     computing.set()
     world.finish(blocked)
-    device.close_stream(stream)
 
 
-def test_one_deadline_holds_for_all_jobs_of_a_function(manager, monkeypatch):
-    gate = threading.Event()
+def test_one_deadline_holds_for_all_jobs_of_a_function(manager, monkeypatch, gate):
     manager.register_worker(Disk, Disk, lambda src, dst: gate.wait(60))
     jobs = [manager.transfer_async(Disk(), Disk()) for _ in range(3)]
     worker = manager._worker_for(Disk, Disk)
@@ -481,8 +489,7 @@ def test_one_deadline_holds_for_all_jobs_of_a_function(manager, monkeypatch):
         lambda ids: [10**20, *ids, 0, -1],
     ],
 )
-def test_ids_are_any_integers_known_or_not(manager, as_ids):
-    gate = threading.Event()
+def test_ids_are_any_integers_known_or_not(manager, as_ids, gate):
     manager.register_worker(Disk, Disk, lambda src, dst: gate.wait(60))
     manager.register_worker(Disk, CPULoadStoreSpec, lambda src, dst: gate.wait(60))
     jobs = [manager.transfer_async(Disk(), Disk()) for _ in range(3)]
@@ -616,9 +623,8 @@ def test_a_submission_that_is_interrupted_loses_no_other_result(world):
     world.queue._check()
 
 
-def test_pages_of_a_functions_job_are_its_own_until_it_has_ended(manager):
-    gate, workers = threading.Event(), [FunctionWorker(lambda src, dst: gate.wait(60))]
-    manager.register_worker(GPULoadStoreSpec, Disk, workers[0])
+def test_pages_of_a_functions_job_are_its_own_until_it_has_ended(manager, gate):
+    manager.register_worker(GPULoadStoreSpec, Disk, lambda src, dst: gate.wait(60))
     job = manager.transfer_async(GPULoadStoreSpec([1]), Disk())
     assert not manager.source_released(job)
     assert not manager.source_released(np.int64(job))
@@ -711,9 +717,9 @@ def steps_with(count: int) -> dict[str, int]:
 # -- shutting down --
 
 
-def test_shutdown_waits_for_a_function_and_tries_again(manager):
+def test_shutdown_waits_for_a_function_and_tries_again(manager, gate):
     threads = threading.active_count()
-    gate, started = threading.Event(), threading.Event()
+    started = threading.Event()
 
     def hang(src, dst):
         started.set()
@@ -759,6 +765,43 @@ def test_shutdown_runs_no_function_that_waits_for_the_device(world, device):
     world.queue.wait([stored, job])
     assert not called
     assert threading.active_count() < threads
+
+
+def test_shutdown_waits_no_longer_than_it_may_for_a_job_that_waits(world, device):
+    """Its worker alone: joining the thread would take until the device is done."""
+    function = FunctionWorker(move_nothing)
+    world.queue.register_worker(CPULoadStoreSpec, Disk, function)
+    device.gate.clear()
+    stored = store(world, [3])
+    world.queue.transfer_async(CPULoadStoreSpec([3]), Disk())
+    patience = threading.Timer(5, device.gate.set)  # for the test's end, where it is wrong
+    patience.start()
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="functions still run after"):
+            function.shutdown(0.02)
+    patience.cancel()
+    device.gate.set()
+    world.queue.wait([stored], 60)
+    function.shutdown(60)
+
+
+def test_threads_are_gone_when_shutdown_returns(monkeypatch):
+    worker = FunctionWorker(move_nothing, 3)
+    gate, leaving = threading.Event(), []
+    run = worker._run
+
+    def slow_to_leave(job) -> None:
+        run(job)
+        leaving.append(job)
+        gate.wait(0.2)
+        leaving.pop()
+
+    worker._run = slow_to_leave
+    for job_id in range(3):
+        worker.transfer_async(job_id, Disk(), Disk())
+    worker.wait(range(3), 60)
+    worker.shutdown(60)
+    assert not leaving
 
 
 def test_a_function_cannot_shut_its_own_worker_down(manager):

@@ -26,7 +26,7 @@ class WaitForDevice(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """Who uses a slot. `written`: its one holder writes it."""
+    """Who uses a slot; somebody holds it. `written`: the one who does writes it."""
 
     holders: set[Turn] = field(default_factory=set)
     written: bool = False
@@ -119,8 +119,6 @@ class SlotOrder:
 
     def _admit(self, slot_id: int, slot: _Slot) -> None:
         """Give the slot to whom it can be given."""
-        if not slot.holders:
-            slot.written = False
         while slot.waiting:
             turn = next(iter(slot.waiting))
             writing = turn.slots[slot_id]
