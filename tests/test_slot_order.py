@@ -145,10 +145,10 @@ def test_a_function_waits_for_no_more_than_it_must(world, device):
     under_way = [load(world, [3], [8]), store(world, [1], [5])]
     read, disk = to_disk(world, [3])
     wrote = from_disk(world, [6])
-    succeed(world, read, wrote)  # though the device stands still
+    world.queue.wait([read, wrote], 10)  # though the device stands still
     assert torch.equal(disk.rows, world.tensors[0][[1]])
     device.gate.set()
-    succeed(world, *under_way)
+    succeed(world, *under_way, read, wrote)
 
 
 @pytest.mark.parametrize("function", ["reads", "writes"])
@@ -392,27 +392,24 @@ def test_ids_of_a_spec_are_any_array():
     assert second.come.is_set()
 
 
-def test_a_function_waits_for_each_lane_of_the_device(world, device):
-    """A writer behind a load that stands still, and an expedited one that is done last."""
-    Tier(world)
+def test_a_function_waits_for_each_lane_of_the_device(world, device, monkeypatch):
     succeed(world, store(world, [1, 2], [3, 4]))
-    pages = world.tensors[0].clone()
-    computing, stream = threading.Event(), device.new_stream("engine")
-    stream.queue.put(lambda: computing.wait(5))
-    slots = CPULoadStoreSpec([3]), CPULoadStoreSpec([4])
-    blocked = world.queue.transfer_async(slots[0], GPULoadStoreSpec([8]), stream=stream)
     device.gate.clear()
-    last = world.queue.transfer_async(slots[1], GPULoadStoreSpec([9]), expedited=True)
-    job = from_disk(world, [3, 4])
+    ordinary = [load(world, [3], [8]), load(world, [4], [9]), load(world, [5], [10])]
+    specs = CPULoadStoreSpec([4]), GPULoadStoreSpec([11])
+    expedited = world.queue.transfer_async(*specs, expedited=True)
+    stored = store(world, [1], [3])
+    worker = world.queue._worker_for(GPULoadStoreSpec, CPULoadStoreSpec)
+    waited = []
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._pipeline, "wait", lambda job: waited.append(job.job_id))
+        worker.wait_for_slots(np.array([3, 4]), writing=True)
+        assert sorted(waited) == [ordinary[1], expedited, stored]
+        waited.clear()
+        worker.wait_for_slots(np.array([3, 4]), writing=False)
+        assert waited == [stored]
     device.gate.set()
-    world.queue.wait([last], 60)
-    with pytest.raises(TimeoutError):
-        world.queue.wait([job], 0.05)
-    computing.set()
-    succeed(world, blocked, last, job)
-    assert torch.equal(world.tensors[0][8:10], pages[1:3])
-    assert bool((world.pool.slots[3:5] == 7).all())
-    device.close_stream(stream)
+    succeed(world, *ordinary, expedited, stored)
 
 
 def test_slots_below_the_pools_first_are_no_reason_to_wait(world, device):
@@ -426,10 +423,10 @@ def test_slots_below_the_pools_first_are_no_reason_to_wait(world, device):
         pass
 
     world.queue.register_worker(Elsewhere, Disk, lambda src, dst: seen.set())
-    succeed(world, world.queue.transfer_async(Elsewhere([-1]), Disk()))
-    assert seen.is_set()
+    job = world.queue.transfer_async(Elsewhere([-1]), Disk())
+    assert seen.wait(10)  # though the device stands still
     device.gate.set()
-    succeed(world, under_way)
+    succeed(world, under_way, job)
 
 
 def test_who_leaves_waits_no_longer():
