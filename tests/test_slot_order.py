@@ -173,7 +173,7 @@ def test_a_device_job_is_refused_while_a_function_uses_its_slots(world, function
         assert torch.equal(world.tensors[0], before[1])
     succeed(world, store(world, [8], [1]))  # other slots
     tier.gate.set()
-    world.queue.wait([job], 60)
+    world.queue.wait([job], 20)
     succeed(world, submit())  # at once: what was waited for has left its slots
     world.queue._order._check()
     assert not world.queue._order._slots
@@ -240,7 +240,7 @@ def test_functions_on_the_same_slots_run_in_the_order_of_their_submission(world)
     reads = [to_disk(world, [2, 1]), to_disk(world, [2])]
     last = from_disk(world, [2], value=2)
     after, disk = to_disk(world, [1, 2])
-    assert tier.started.acquire(timeout=60)
+    assert tier.started.acquire(timeout=20)
     not_started(tier, after)
     tier.gate.set()
     succeed(world, first, *(job for job, _ in reads), last, after)
@@ -253,12 +253,12 @@ def test_a_job_that_waits_for_its_slots_can_be_cancelled_and_blocks_nobody(world
     world.pool.slots[2] = 5
     tier.gate.clear()
     read, disk = to_disk(world, [2])
-    assert tier.started.acquire(timeout=60)
+    assert tier.started.acquire(timeout=20)
     wrote = from_disk(world, [2])
     behind, same = to_disk(world, [2])
     assert not tier.started.acquire(timeout=0.05)
     assert world.queue.cancel([wrote, read]) == {wrote}
-    assert tier.started.acquire(timeout=60)  # the reader behind it reads beside the first
+    assert tier.started.acquire(timeout=20)  # the reader behind it reads beside the first
     tier.gate.set()
     succeed(world, read, behind)
     assert bool((disk.rows == 5).all())
@@ -372,7 +372,7 @@ def test_many_threads_never_meet_on_a_slot_nor_wait_in_a_circle():
         thread.start()
     for thread in threads:
         thread.join()
-    manager.wait(jobs, 60)
+    manager.wait(jobs, 20)
     results = {result.job_id: result for result in manager.get_finished()}
     assert not errors
     assert sorted(results) == sorted(jobs)

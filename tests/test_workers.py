@@ -75,7 +75,7 @@ def store(world, blocks, **kwargs):
 
 
 def finish(manager, *jobs):
-    manager.wait(jobs, 60)
+    manager.wait(jobs, 20)
     return sorted(manager.get_finished(), key=lambda result: result.job_id)
 
 
@@ -227,7 +227,7 @@ def test_two_jobs_under_way_have_two_ids(world, gate):
     with pytest.raises(ValueError, match="job_id: expected one that no job under way has, got 7"):
         function.transfer_async(7, Disk(), Disk())
     gate.set()
-    function.wait([7], 60)
+    function.wait([7], 20)
     assert [result.job_id for result in function.get_finished()] == [7]
     function.shutdown(60)
     device_worker = world.queue._worker_for(GPULoadStoreSpec, CPULoadStoreSpec)
@@ -235,7 +235,7 @@ def test_two_jobs_under_way_have_two_ids(world, gate):
     device_worker.transfer_async(99, *specs)
     with pytest.raises(ValueError, match="got 99"):
         device_worker.transfer_async(99, *specs)
-    device_worker.wait([99], 60)
+    device_worker.wait([99], 20)
     assert [result.job_id for result in device_worker.get_finished()] == [99]
 
 
@@ -322,7 +322,7 @@ def blocked_and_done(world, device):
     slots, pages = CPULoadStoreSpec([0]), GPULoadStoreSpec
     blocked = world.queue.transfer_async(slots, pages([8]), stream=stream)
     done = world.queue.transfer_async(slots, pages([9]), expedited=True)
-    world.queue.wait([done], 60)
+    world.queue.wait([done], 20)
     yield blocked, done, computing
     computing.set()
     device.close_stream(stream)
@@ -335,7 +335,7 @@ def test_a_wait_is_for_each_of_the_ids_of_a_device_worker(world, blocked_and_don
     with pytest.raises(TimeoutError):
         world.queue.wait(ids, 0.05)
     computing.set()
-    world.queue.wait(ids, 60)
+    world.queue.wait(ids, 20)
     assert sorted(result.job_id for result in world.queue.get_finished()) == sorted(ids)
 
 
@@ -351,7 +351,7 @@ def test_a_wait_is_for_each_of_the_ids_of_a_function_worker(manager, last, gate)
 
     manager.register_worker(Disk, Disk, move, num_threads=2)
     blocked, done = (manager.transfer_async(spec, Disk()) for spec in (Tape(), Disk()))
-    manager.wait([done], 60)
+    manager.wait([done], 20)
     assert ended.is_set()
     ids = [done, blocked] if last == "blocked" else [blocked, done]
     with pytest.raises(TimeoutError, match=f"job {blocked} was not done within"):
@@ -501,7 +501,7 @@ def test_ids_are_any_integers_known_or_not(manager, as_ids, gate):
     assert all(type(i) is int for i in taken)
     assert manager.cancel(as_ids(jobs)) <= set(jobs) - taken
     gate.set()
-    manager.wait(as_ids(jobs), 60)
+    manager.wait(as_ids(jobs), 20)
     assert [result.job_id for result in finish(manager)] == jobs
     manager.wait(as_ids(jobs))
 
@@ -535,7 +535,7 @@ def test_ids_may_be_made_by_calls_of_the_manager(manager):
             done.extend(manager.get_finished())
             yield job
 
-    manager.wait(submit_and_look(), 60)
+    manager.wait(submit_and_look(), 20)
     done.extend(manager.get_finished())
     assert len(done) == 3
 
@@ -589,7 +589,7 @@ def test_a_job_is_known_before_anybody_can_hear_that_it_ended(world):
 
     def submit_and_end(*args, **kwargs):
         job = submit(*args, **kwargs)
-        worker._pipeline.wait(job, 60)
+        worker._pipeline.wait(job, 20)
         thread.start()
         thread.join(0.1)  # it must not get on; where it does, it loses the result
         return job
@@ -618,7 +618,7 @@ def test_a_submission_that_is_interrupted_loses_no_other_result(world):
         store(world, [2])
     worker._pipeline.submit = submit
     after = store(world, [3])
-    world.queue.wait([before, after], 60)
+    world.queue.wait([before, after], 20)
     assert [result.job_id for result in world.queue.get_finished()] == [before, after]
     world.queue._check()
 
@@ -781,7 +781,7 @@ def test_shutdown_waits_no_longer_than_it_may_for_a_job_that_waits(world, device
             function.shutdown(0.02)
     patience.cancel()
     device.gate.set()
-    world.queue.wait([stored], 60)
+    world.queue.wait([stored], 20)
     function.shutdown(60)
 
 
@@ -799,7 +799,7 @@ def test_threads_are_gone_when_shutdown_returns(monkeypatch):
     worker._run = slow_to_leave
     for job_id in range(3):
         worker.transfer_async(job_id, Disk(), Disk())
-    worker.wait(range(3), 60)
+    worker.wait(range(3), 20)
     worker.shutdown(60)
     assert not leaving
 
@@ -807,7 +807,7 @@ def test_threads_are_gone_when_shutdown_returns(monkeypatch):
 def test_a_function_cannot_shut_its_own_worker_down(manager):
     manager.register_worker(Disk, Disk, lambda src, dst: manager.shutdown())
     (job,) = [manager.transfer_async(Disk(), Disk())]
-    manager.wait([job], 60)
+    manager.wait([job], 20)
     manager.shutdown(60)
     worker = manager._worker_for(Disk, Disk)
     (result,) = worker.get_finished()
@@ -834,9 +834,9 @@ def test_what_one_worker_raises_keeps_no_other_from_being_shut_down(failing):
         manager.register_worker(src, dst, workers[-1])
     slots = CPULoadStoreSpec([1])
     jobs = [manager.transfer_async(*pair) for pair in [(Disk(), Disk()), (Disk(), slots)]]
-    manager.wait(jobs, 60)
+    manager.wait(jobs, 20)
     jobs.append(manager.transfer_async(slots, Disk()))
-    manager.wait(jobs, 60)
+    manager.wait(jobs, 20)
     tried, failures = [], [workers[i] for i in failing for _ in range(2)]
     for _ in range(2):
         with pytest.raises(OSError, match="injected"):
