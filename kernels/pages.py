@@ -374,7 +374,7 @@ def _launch(
             address,
             stride_slot,
             slot_ids.data_ptr(),
-            first_block,
+            int(first_block),
             table.blocks_per_chunk,
             tiles_per_program,
         )
