@@ -287,24 +287,35 @@ def test_no_blocks_are_no_launch(launches: Launches) -> None:
     assert launches == []
 
 
-def test_more_tiles_than_a_launch_can_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = table_of(64)
-    most = 2**31 - 1 - CONFIG.programs
-    (spec,) = kernel_specs(table, 16, CONFIG)
-    one = torch.zeros(1, dtype=torch.int64)
-    launches: list[Any] = []
-    monkeypatch.setattr(compiling, "launch", lambda *args: launches.append(args))
-    for tiles in (most, most + 1):
-        ids = one.expand(tiles * spec.pages)  # no memory
-        if tiles == most:
-            pages.launch_gather(table, ids, slots_of(table), ids, 0, CONFIG)
-            assert len(launches) == 1
-        else:
-            with pytest.raises(
-                ValueError, match=rf"block_ids: .*2\*\*31 tiles a launch, got {tiles}"
-            ):
-                pages.launch_gather(table, ids, slots_of(table), ids, 0, CONFIG)
-    assert len(launches) == 1
+@pytest.mark.parametrize(
+    ("page_bytes", "blocks", "first", "programs", "fits"),
+    [
+        (65536, 2**25 - 1, 0, 63, True),  # 64 tiles a block
+        (65536, 2**25 - 1, 0, 64, False),
+        (65536, 2**25, 0, 1, False),
+        (16, 2**31 - 1 - 64, 0, 1, True),  # 64 blocks a tile
+        (16, 2**31 - 1 - 64, 1, 1, False),
+        (16, 2**31 - 64, 0, 1, False),
+    ],
+)
+def test_more_than_a_launch_can_count_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    page_bytes: int,
+    blocks: int,
+    first: int,
+    programs: int,
+    fits: bool,
+) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(compiling, "launch", lambda *args: launched.append(args))
+    table, config = table_of(page_bytes), KernelConfig(1, 1024, programs)
+    ids = torch.zeros(1, dtype=torch.int64).expand(blocks)  # no memory
+    if fits:
+        pages.launch_gather(table, ids, slots_of(table), ids, first, config)
+    else:
+        with pytest.raises(ValueError, match=r"block_ids: expected fewer than 2\*\*31 blocks and"):
+            pages.launch_gather(table, ids, slots_of(table), ids, first, config)
+    assert len(launched) == fits
 
 
 def test_the_kernel_of_a_direction_is_launched(launches: Launches) -> None:

@@ -283,6 +283,15 @@ def test_a_job_that_cannot_be_is_refused(direction, blocks, slots, message):
         two_groups().plan(direction, GPULoadStoreSpec(*blocks), CPULoadStoreSpec(slots), 4)
 
 
+def test_block_ids_are_those_of_their_own_group():
+    tensors = [torch.zeros(n, 4, dtype=torch.uint8) for n in (4, 9)]
+    layout = CacheLayout(tensors, 1, [[(0, 4)], [(1, 4)], [(0, 4), (1, 4)]])
+    layout.plan(STORE, GPULoadStoreSpec([3, 8, 3], [1, 1, 1]), CPULoadStoreSpec(range(3)), 4)
+    for blocks, most in (([4, 8, 3], 4), ([3, 9, 3], 9), ([3, 8, 4], 4)):
+        with pytest.raises(ValueError, match=rf"block_ids: expected ids in \[0, {most}\)"):
+            layout.plan(STORE, GPULoadStoreSpec(blocks, [1, 1, 1]), CPULoadStoreSpec(range(3)), 4)
+
+
 def test_what_is_only_read_may_repeat():
     layout = two_groups()
     assert (

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from triton_offload import KVOffloader
-from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec
+from triton_offload.specs import (
+    CPULoadStoreSpec,
+    GPULoadStoreSpec,
+    TransferResult,
+    TransferStatus,
+)
 from triton_offload.transfer.pipeline import PipelineOptions
 
 
@@ -136,6 +141,11 @@ def test_one_flag_is_every_chunks(fresh):
 def test_wrong_flags_are_refused(fresh, message):
     with pytest.raises(ValueError, match=message):
         CPULoadStoreSpec([3, 1], fresh)
+
+
+def test_only_success_is_a_success():
+    of_status = {status: TransferResult(1, status).success for status in TransferStatus}
+    assert [status for status, success in of_status.items() if success] == [TransferStatus.SUCCESS]
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor, list])
