@@ -59,7 +59,7 @@ def test_rows_of_slots_may_touch_and_not_overlap() -> None:
     memory, table = torch.zeros(100, dtype=torch.uint8), table_of(4)
     gather_pages(table, [0, 1, 2], memory.as_strided((3, 8), (8, 1)))
     gather_pages(table, [0, 1], memory.as_strided((1, 8), (1, 1)))  # one row has no stride
-    with pytest.raises(ValueError, match="slots: .*overlap, got strides"):
+    with pytest.raises(ValueError, match=r"slots: .*overlap, got strides"):
         gather_pages(table, [0], memory.as_strided((3, 8), (7, 1)))
 
 

@@ -53,6 +53,8 @@ def test_integers_of_numpy_are_sizes(value):
         "1 PiB",
         "1e3",
         "1GiBs",
+        "1.5.5",
+        "1GiB 2",
     ],
     ids=repr,
 )

@@ -101,6 +101,7 @@ def test_all_blocks_are_of_one_group_from_its_start_on_by_default():
     ("arguments", "message"),
     [
         (([1, 2], [1]), r"group_sizes: expected the sum 2, got \(1,\)"),
+        (([1, 2], [3]), r"group_sizes: expected the sum 2, got \(3,\)"),
         (([1, 2], [3, -1]), r"group_sizes\[1\]: expected at least 0, got -1"),
         (([1, 2], [1, 1.0]), r"group_sizes\[1\]: expected an integer .*got 1\.0"),
         (([1], [True]), r"group_sizes\[0\]: expected an integer .*got True"),
