@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from triton_offload.kernels.reference import gather_pages, scatter_pages
-from triton_offload.kernels.table import ByteRun, PageTable, check_run
+from triton_offload.kernels.table import ByteRun, PageTable, check_ids, check_run
 from triton_offload.kernels.tiling import KernelConfig
 
 
@@ -39,6 +39,28 @@ def test_pages_are_views_of_the_callers_memory() -> None:
     row.view[2].fill_(1)
     assert bool((cache[2] != 0).all())
     assert bool((cache[1] == 0).all())
+
+
+def test_one_block_has_no_stride() -> None:
+    for stride in (0, 3, 1000):
+        (row,) = PageTable([torch.zeros(2000).as_strided((1, 5), (stride, 1))]).pages
+        assert (row.block_stride, row.page_bytes) == (20, 20)
+
+
+def test_blocks_may_touch_and_not_overlap() -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    (row,) = PageTable([memory.as_strided((3, 5), (5, 1))]).pages
+    assert row.block_stride == 5
+    with pytest.raises(ValueError, match=r"block stride of at least a page \(5 bytes\), got 4"):
+        PageTable([memory.as_strided((3, 5), (4, 1))])
+
+
+def test_rows_of_slots_may_touch_and_not_overlap() -> None:
+    memory, table = torch.zeros(100, dtype=torch.uint8), table_of(4)
+    gather_pages(table, [0, 1, 2], memory.as_strided((3, 8), (8, 1)))
+    gather_pages(table, [0, 1], memory.as_strided((1, 8), (1, 1)))  # one row has no stride
+    with pytest.raises(ValueError, match=r"slots: .*overlap, got strides"):
+        gather_pages(table, [0], memory.as_strided((3, 8), (7, 1)))
 
 
 def test_a_group_keeps_the_slot_format_of_the_whole() -> None:
@@ -103,6 +125,17 @@ def test_finds_duplicates_that_lie_far_apart() -> None:
         check_run(table, [999_999, 0, 999_999], 3, direction="scatter")
 
 
+@pytest.mark.parametrize("start", [0, 1, 5000, 2**40])
+def test_a_destination_named_twice_is_found_wherever_ids_lie(start: int) -> None:
+    for ids in ([0, 1], [1, 0, 2, 5], [0, 200], [3, 0, 6, 900], [0, 64 * 3, 7]):
+        apart = np.array(ids) + start
+        check_ids("ids", apart, start + 1000, distinct=True)
+        for first in range(len(ids)):
+            with pytest.raises(ValueError, match=f"ids: .*once, got {apart[first]} 2 times"):
+                check_ids("ids", np.append(apart, apart[first]), start + 1000, distinct=True)
+        check_ids("ids", np.append(apart, apart[0]), start + 1000, distinct=False)
+
+
 def test_sources_may_repeat() -> None:
     check_run(table_of(4), [3, 3, 3], 6, direction="gather")
     check_run(table_of(4), [1, 2, 3], 6, [5, 5], direction="scatter")
@@ -119,7 +152,7 @@ def test_takes_ids_as_lists_arrays_and_tensors(ids: Any) -> None:
 
 @pytest.mark.parametrize("ids", [[0.5], np.zeros((1, 1), np.int64), torch.tensor([True])])
 def test_refuses_ids_that_are_not_integers(ids: Any) -> None:
-    with pytest.raises(TypeError, match="block_ids: expected integers"):
+    with pytest.raises(ValueError, match=r"block_ids: expected a one-dim.* of integers"):
         check_run(table_of(4), ids, 6, direction="gather")
 
 
