@@ -172,12 +172,10 @@ def test_the_least_recent_leaves_where_a_known_prefix_is_stored_again(policy: st
 
 #: Three prefixes that share heads, as those of conversations with one system prompt do.
 PREFIXES = [b"abcdef", b"abcxyz", b"mno"]
+KINDS = "store, store, store and touch, tail, touch, load, load tail, end, end, end, fail, reset"
 CALLS = st.lists(
     st.tuples(
-        st.sampled_from(
-            ["store", "store", "store and touch", "tail", "touch", "load", "load tail"]
-            + ["end", "end", "end", "fail", "reset"]
-        ),
+        st.sampled_from(KINDS.split(", ")),
         st.sampled_from(PREFIXES),
         st.integers(1, 6),
         st.integers(0, 5),
@@ -188,7 +186,7 @@ CALLS = st.lists(
 
 
 @given(calls=CALLS, policy=st.sampled_from(["lru", "arc"]), num_chunks=st.integers(3, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_after_any_calls_no_chunk_leaves_before_a_later_one_of_no_newer_use(
     calls: list[tuple[str, bytes, int, int, int]], policy: str, num_chunks: int
 ) -> None:
@@ -299,12 +297,13 @@ def hit_rate(manager: CPUOffloadingManager, requests: list[list[bytes]], in_flig
 
 @pytest.mark.parametrize(
     ("policy", "in_flight", "at_least"),
-    [("lru", 1, 0.0), ("lru", 8, 0.0), ("arc", 1, 0.0), ("arc", 8, 0.0)],
+    [("lru", 1, 0.509), ("lru", 8, 0.372), ("arc", 1, 0.486), ("arc", 8, 0.325)],
 )
 def test_conversations_that_grow_step_by_step_are_found_again(
     policy: str, in_flight: int, at_least: float
 ) -> None:
-    requests = conversations(seed=1, number=200, at_once=20)
-    rate = hit_rate(CPUOffloadingManager(600, policy), requests, in_flight)
+    """With places by the landing, eight in flight came to 0.360 and 0.313."""
+    requests = conversations(seed=2, number=200, at_once=20)
+    rate = hit_rate(CPUOffloadingManager(300, policy), requests, in_flight)
     print(f"{policy}, {in_flight} in flight: {rate:.4f}")
     assert rate >= at_least

@@ -301,7 +301,7 @@ class CPUOffloadingManager(OffloadingManager):
             masks = list(map(operator.index, blocks))  # numpy's integers overflow
         except TypeError:
             raise ValueError(f"blocks: expected integers as masks, got {list(blocks)!r}") from None
-        if masks and not (0 < min(masks) and max(masks) <= self._every_block):
+        if masks and (min(masks) < 1 or max(masks) > self._every_block):
             wrong = next(mask for mask in masks if not 0 < mask <= self._every_block)
             raise ValueError(f"blocks: expected masks of 1 to {self._every_block}, got {wrong}")
         return masks

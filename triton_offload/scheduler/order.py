@@ -49,7 +49,7 @@ class Order:
         taken: list[Key] = []
         if not self._idle:
             taken = pop_oldest(order, min(number, len(order)))
-            if protected.isdisjoint(taken) and all([keys.isdisjoint(taken) for keys in busy]):
+            if protected.isdisjoint(taken) and all(keys.isdisjoint(taken) for keys in busy):
                 return taken
             for key in reversed(taken):  # one by one, then
                 order[key] = None
