@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_the_runs_of_a_store_are_its_blocks_each_once_and_as_few_as_can_be(
     places_in_order = [(chunks.index(chunk), position) for chunk, position in expected]
     joined = sum(
         (j, q) in ((i, p + 1), (i + 1, p + 1 - size)) and (i == j or (p == size - 1 and q == 0))
-        for (i, p), (j, q) in zip(places_in_order, places_in_order[1:], strict=False)
+        for (i, p), (j, q) in pairwise(places_in_order)
     )
     assert len(runs) == len(expected) - joined
 

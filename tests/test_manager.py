@@ -368,6 +368,26 @@ def test_the_slots_that_a_reset_frees_are_given_out_as_a_run(policy: str) -> Non
     assert store(manager, [A, B]).store_spec.slot_ids.tolist() == [0, 1]
 
 
+def test_the_slots_that_a_reset_frees_are_given_out_in_order(policy: str) -> None:
+    manager = CPUOffloadingManager(4, policy)
+    store(manager, [A, B, C, D])
+    manager.prepare_load([B])
+    manager.reset()
+    assert [store(manager, [key]).store_spec.slot_ids[0] for key in (A, C, D)] == [0, 2, 3]
+
+
+def test_a_second_reset_keeps_the_slots_of_older_transfers(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy)
+    store(manager, [A])
+    manager.prepare_load([A])
+    manager.reset()
+    store(manager, [B])
+    manager.reset()
+    manager._check()
+    assert store(manager, [B]).store_spec.slot_ids.tolist() == [1]
+    assert manager.prepare_store([B, C]) is None
+
+
 def test_an_extension_that_a_load_shares_is_pinned_until_both_have_ended(policy: str) -> None:
     for load_first in (True, False):
         manager = CPUOffloadingManager(1, policy, blocks_per_chunk=2)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from steps import count_steps
 
+from triton_offload.scheduler.free_slots import FreeSlots
 from triton_offload.scheduler.manager import (
     ChunkState,
     CPUOffloadingManager,
@@ -23,7 +24,6 @@ from triton_offload.scheduler.manager import (
     UnknownKeyError,
     UnwrittenBlocksError,
 )
-from triton_offload.scheduler.free_slots import FreeSlots
 from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, LRUPolicy
 
 A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"
@@ -74,6 +74,23 @@ def test_what_did_not_land_leaves_no_trace(make: type[LRUPolicy] | type[ARCPolic
     policy._check([A, D], {A})
     policy.release([A])
     assert policy.evict(2, NOBODY) == [A, D]
+
+
+@pytest.mark.parametrize("make", [LRUPolicy, ARCPolicy])
+def test_a_policy_that_is_cleared_is_as_new(make: type[LRUPolicy] | type[ARCPolicy]) -> None:
+    policy = make(2)
+    stored(policy, [A, B])
+    assert policy.evict(1, NOBODY, [{B}]) == [A]
+    stored(policy, [A])  # a ghost's return, for ARC
+    assert policy.evict(1, NOBODY, [{B}]) == [A]
+    policy.admit([D])
+    policy.clear()
+    policy._check([], set())
+    assert len(getattr(policy, "_ghost_recent", ())) == 0
+    assert getattr(policy, "_target", 0.0) == 0.0
+    assert getattr(policy, "_num_landing", 0) == 0
+    stored(policy, [A, B])
+    assert policy.evict(2, NOBODY) == [B, A]
 
 
 @pytest.mark.parametrize("make", [LRUPolicy, ARCPolicy])

@@ -159,6 +159,28 @@ def test_offering_a_prefix_again_is_no_use_for_arc_and_a_touch_is_one() -> None:
     assert (list(policy._recent), list(policy._frequent)) == ([FOUR], [THREE, TWO, ONE])
 
 
+def test_a_touch_of_a_chunk_that_is_being_extended_is_a_use() -> None:
+    manager = CPUOffloadingManager(4, "arc", blocks_per_chunk=2)
+    policy = manager._policy
+    assert isinstance(policy, ARCPolicy)
+    manager.complete_store(prepare(manager, [ONE], [1]).keys_to_store)
+    output = prepare(manager, [ONE, TWO])
+    manager.touch([ONE, TWO])
+    manager.complete_store(output.keys_to_store)
+    assert (list(policy._recent), list(policy._frequent)) == ([TWO], [ONE])
+
+
+def test_what_was_busy_when_its_turn_came_is_evicted_later(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy)
+    store(manager, [ONE])
+    store(manager, [TWO])
+    manager.prepare_load([ONE])
+    assert prepare(manager, [THREE]).evicted_keys == (TWO,)
+    manager.complete_store([THREE])
+    manager.complete_load([ONE])
+    assert leaving(manager) == [ONE, THREE]
+
+
 def test_the_least_recent_leaves_where_a_known_prefix_is_stored_again(policy: str) -> None:
     """A store of known keys moves no byte, and counts as a use of them in the order."""
     manager = CPUOffloadingManager(3, policy)

@@ -65,12 +65,15 @@ class Order:
             else:
                 key, _ = order.popitem(last=False)
                 place = next(self._places)
-            if any(key in keys for keys in busy):
-                self._busy[key] = place
-            elif key in protected:
-                spared.append((place, key))
+            for keys in busy:
+                if key in keys:
+                    self._busy[key] = place
+                    break
             else:
-                taken.append(key)
+                if key in protected:
+                    spared.append((place, key))
+                else:
+                    taken.append(key)
         for place, key in spared:
             self._set_idle(key, place)
         return taken
