@@ -514,5 +514,5 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert state is (ChunkState.READY if chunk.written else ChunkState.PENDING)
 
 
-ManagerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
-TestManagerAgainstItsModel = ManagerMachine.TestCase
+class TestManagerAgainstItsModel(ManagerMachine.TestCase):
+    settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
