@@ -79,7 +79,10 @@ def test_a_group_keeps_the_slot_format_of_the_whole() -> None:
     ("make", "message"),
     [
         (lambda: PageTable([]), "tensors: expected at least one"),
-        (lambda: table_of(4, blocks_per_chunk=0), "blocks_per_chunk: expected at least 1, got 0"),
+        (
+            lambda: table_of(4, blocks_per_chunk=0),
+            "blocks_per_chunk: .*at least 1, got 0",
+        ),
         (lambda: PageTable([torch.zeros(3, 4, 5).transpose(1, 2)]), r"tensors\[0\]: .*contiguous"),
         (lambda: PageTable([torch.zeros(1, 5).expand(3, 5)]), r"tensors\[0\]: .*block stride"),
         (lambda: PageTable([torch.zeros(0, 5)]), r"tensors\[0\]: .*no empty dim"),
@@ -108,7 +111,7 @@ def test_refuses_a_wrong_table(make: Any, message: str) -> None:
         ([0, 1, 2], [0, 6], 0, "gather", r"slot_ids: expected ids in \[0, 6\), got 6"),
         ([0, 1, 2], [0], 0, "gather", "slot_ids: expected 2 ids .*got 1"),
         ([0, 1], [0], 1, "gather", "slot_ids: expected 2 ids .*got 1"),
-        ([0], None, -1, "gather", "first_block: expected at least 0, got -1"),
+        ([0], None, -1, "gather", "first_block: expected .* at least 0, got -1"),
         (list(range(8)) + list(range(5)), None, 0, "gather", "slots: expected at least 7"),
     ],
 )

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
     {"kernels.arguments"},  # numpy alone
+    {"scheduler.order", "scheduler.free_slots"},
     {"version", "process_lock", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
