@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import torch
 from model_world import Bytes, Span, World
 
 from triton_offload.job import OffloadJob, TransferFailedError
@@ -16,6 +20,50 @@ from triton_offload.testing import InjectedError
 
 NOT_THERE = (UnknownKeyError, PendingKeyError, UnwrittenBlocksError)
 HOWS = ("wait", "timeout", "poll", "released", "wait_on")
+
+
+class Arguments:
+    """What an engine gives in call after call: one block table and one list of keys, written anew
+    for each. When a call returns they are overwritten, for they are the caller's again."""
+
+    KINDS = ("array", "tensor", "int32", "list")
+    NOBODYS = (10**9, -1, 1 << 62)  # ids of no block: who reads one crashes, or fails its job
+
+    def __init__(self, rng: random.Random, num_blocks: int) -> None:
+        self._rng = rng
+        self._num_blocks = num_blocks
+        # An array may be shared by mistake, so may a tensor; the others only test the kind.
+        self.kind = rng.choices(self.KINDS, (6, 2, 1, 1))[0]
+        self._ids = np.zeros(num_blocks, dtype=np.int32 if self.kind == "int32" else np.int64)
+        self._tensor = torch.from_numpy(self._ids)
+        self._list: list[int] = []
+        self._keys: list[bytes] = []
+
+    @contextmanager
+    def given(
+        self, keys: Sequence[bytes], blocks: Sequence[int] = ()
+    ) -> Iterator[tuple[list[bytes], Any]]:
+        """The keys and ids to call with."""
+        count = len(blocks)
+        self._keys[:], self._list[:] = keys, blocks
+        self._ids[:count] = blocks
+        ids: Any = self._ids[:count]
+        if self.kind in ("list", "tensor"):
+            ids = self._list if self.kind == "list" else self._tensor[:count]
+        try:
+            yield self._keys, ids
+        finally:
+            self._spoil(count)
+
+    def _spoil(self, count: int) -> None:
+        rng = self._rng
+        if rng.random() < 0.2:
+            others = [rng.choice(self.NOBODYS)] * count
+        else:
+            others = [rng.randrange(self._num_blocks) for _ in range(count)]
+        self._list[:] = others
+        self._ids[:count] = np.array(others, dtype=np.int64).astype(self._ids.dtype)
+        self._keys[:] = [b"nobody's"] * rng.randrange(len(self._keys) + 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +77,7 @@ class Flight:
     alone: list[bool]  # by chunk: no other store of it was under way
     before: list[Bytes] = field(default_factory=list)
     compared: bool = False  # a load's pages were right
+    taken_back: bool = False  # `cancel` said yes
 
 
 class Client:
@@ -44,6 +93,7 @@ class Client:
         self.world = world
         self.rng = rng
         self.flights: list[Flight] = []
+        self.arguments = Arguments(rng, world.num_blocks)
         self._free = list(blocks)
         self._all = frozenset(blocks)
 
@@ -69,13 +119,10 @@ class Client:
             return
         world.pages.poison(blocks)  # what the load leaves out is seen
         try:
-            job = world.offloader.load(
-                world.content.keys(there),
-                blocks,
-                first_block=there.first,
-                group=there.group,
-                expedited=expedited,
-            )
+            with self.arguments.given(world.content.keys(there), blocks) as (keys, ids):
+                job = world.offloader.load(
+                    keys, ids, first_block=there.first, group=there.group, expedited=expedited
+                )
         except (*NOT_THERE, InjectedError, RuntimeError) as error:
             self._free += blocks
             self._refused(error, there, may_miss=blindly or not world.exact)
@@ -111,7 +158,8 @@ class Client:
             assert flight.job.result.status is TransferStatus.CANCELLED
 
     def touch(self, span: Span) -> None:
-        self.world.offloader.touch(self.world.content.keys(span), group=span.group)
+        with self.arguments.given(self.world.content.keys(span)) as (keys, _):
+            self.world.offloader.touch(keys, group=span.group)
 
     def reset(self) -> None:
         self.world.offloader.reset()
@@ -188,9 +236,8 @@ class Client:
         world = self.world
         names = world.content.known_as(span)
         try:
-            job = world.offloader.store(
-                world.content.keys(span), blocks, first_block=span.first, group=span.group
-            )
+            with self.arguments.given(world.content.keys(span), blocks) as (keys, ids):
+                job = world.offloader.store(keys, ids, first_block=span.first, group=span.group)
         except (InjectedError, RuntimeError) as error:
             self._free += blocks
             self._refused(error, span, may_miss=False)

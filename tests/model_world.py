@@ -40,6 +40,8 @@ class Setting:
     num_requests: int = 4
     chunks_per_request: int = 5
     window_chunks: int | None = None
+    buffer_chunks: int = 1
+    max_indices: int = 1  # the least that it takes
 
     @property
     def block_bytes(self) -> int:
@@ -250,6 +252,7 @@ class World:
     def __init__(self, device: Any, setting: Setting, num_blocks: int) -> None:
         self.device = device
         self.setting = setting
+        self.num_blocks = num_blocks
         self.content = Content(setting)
         self.pages = Pages(device, setting, self.content, num_blocks)
         self.exact = isinstance(device, SimulatedDevice)
@@ -272,9 +275,9 @@ class World:
                 enable_events=True,
                 options=PipelineOptions(
                     path=setting.path,
-                    buffer_bytes=setting.slot_bytes,
+                    buffer_bytes=setting.buffer_chunks * setting.slot_bytes,
                     num_buffers=2,
-                    max_indices=1,  # the least that it takes
+                    max_indices=setting.max_indices,
                     window_bytes=window and window * setting.slot_bytes,
                 ),
                 device=device,
