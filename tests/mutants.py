@@ -352,7 +352,7 @@ def the_last_job_goes_first():
     return _instead(Lane, "submit", make)
 
 
-@mutant("5", serving("crossing paths"))
+@mutant("5", scenarios.a_load_after_stores_by_two_paths)
 def paths_change_without_settling():
     def make(queue):
         def queue_unsettled(self, job, piece):
