@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_world import Bytes, Span, World
+from model_world import Bytes, Offer, Span, World
 
 from triton_offload.job import OffloadJob, TransferFailedError
 from triton_offload.offloader import PoolFullError
@@ -78,6 +78,7 @@ class Flight:
     before: list[Bytes] = field(default_factory=list)
     compared: bool = False  # a load's pages were right
     taken_back: bool = False  # `cancel` said yes
+    offered: list[Offer] = field(default_factory=list)  # by chunk, before this store
 
 
 class Client:
@@ -151,10 +152,12 @@ class Client:
             self._end(flight)
 
     def cancel(self, flight: Flight) -> None:
+        """All of a job or none of it: what is answered shows at its end."""
         self.world.num_cancels += 1
-        taken = self.world.offloader.cancel(flight.job)
+        if self.world.offloader.cancel(flight.job):
+            flight.taken_back = True
         flight.job.done  # noqa: B018  # a question that may take results in
-        if taken and flight.job.done:
+        if flight.taken_back and flight.job.done:
             assert flight.job.result.status is TransferStatus.CANCELLED
 
     def touch(self, span: Span) -> None:
@@ -174,6 +177,15 @@ class Client:
         assert 0 <= stats.num_pinned <= stats.num_used <= self.world.setting.num_chunks
         self.world.take_events()
         self.world.collect()
+
+    def store_around(self, group: int, request: int, chunk: int) -> None:
+        """A chunk of which a middle block is stored already: what it lacks are two runs."""
+        size = self.world.setting.blocks_per_chunk
+        if size > 2:
+            self.store(Span(group, request, chunk * size + 1, 1))
+            for flight in self.flights[-1:]:
+                self.settle(flight, "wait")
+            self.store(Span(group, request, chunk * size, size))
 
     # -- several --
 
@@ -199,8 +211,12 @@ class Client:
         draw = rng.random()
         if flights and (draw < 0.35 or len(flights) >= self.MOST_FLIGHTS):
             self.settle(rng.choice(flights), rng.choice(HOWS))
-        elif draw < 0.6:
+        elif draw < 0.57:
             self.store(self.draw_known() if rng.random() < 0.3 else self.draw_span())
+        elif draw < 0.6:
+            span = self.draw_span()
+            size = self.world.setting.blocks_per_chunk
+            self.store_around(span.group, span.request, span.first // size)
         elif draw < 0.85:
             self.load(self.draw_known(), expedited=rng.random() < 0.5, blindly=rng.random() < 0.1)
         elif draw < 0.9 and flights:
@@ -245,10 +261,11 @@ class Client:
         world.take_events()
         # A store of a key that another job is storing waits for that job, and adds nothing to it.
         alone = [world.storing[name] == 0 for name in names]
+        offered = world.known.offers(names) if world.exact else []
         since = world.known.submitted(names, world.content.masks(span)) if world.exact else 0
         world.storing.update(names)
         world.recent.append(span)
-        self._fly(Flight(job, span, blocks, since, alone))
+        self._fly(Flight(job, span, blocks, since, alone, offered=offered))
 
     def _fly(self, flight: Flight) -> None:
         self.world.accepted(flight.job.job_id)
@@ -304,10 +321,15 @@ class Client:
             assert world.faulty, result.error
             world.num_failed += 1
         elif result.status is TransferStatus.CANCELLED:
-            assert world.num_cancels or world.closing
+            # A job that waited for another one's store of a key ends as that did.
+            assert flight.taken_back or world.closing or not all(flight.alone)
+        if flight.taken_back:
+            assert result.status is TransferStatus.CANCELLED
         if flight.job.direction is Direction.STORE:
             names = world.content.known_as(flight.span)
             world.storing.subtract(names)
+            if flight.taken_back and world.exact:
+                world.known.taken_back(names, flight.offered)
             if result.success and world.exact:
                 chunks = zip(names, world.content.masks(flight.span), flight.alone, strict=True)
                 sure = [(name, mask) for name, mask, alone in chunks if alone]

@@ -61,7 +61,7 @@ def draw_setting(seed: int) -> Setting:
         num_chunks=rng.randint(5, 12),  # all requests are three to twelve times as many
         num_requests=4,
         chunks_per_request=5,
-        window_chunks=rng.choice((1, 1, 2, None)),
+        window_chunks=rng.choice((0.2, 1, 2, None)),
         buffer_chunks=rng.randint(1, 3),
         max_indices=rng.choice((1, 64, 1 << 12)),
     )

@@ -108,5 +108,5 @@ def test_configurations_are_of_every_kind():
     assert {setting.blocks_per_chunk for setting in settings} == set(range(1, 8))
     assert {len(setting.groups) for setting in settings} == {1, 2, 3}
     assert {setting.path for setting in settings} == set(calibration.Path)
-    assert {setting.window_chunks for setting in settings} == {1, 2, None}
+    assert {setting.window_chunks for setting in settings} == {0.2, 1, 2, None}
     assert {setting.policy for setting in settings} == {"lru", "arc"}
