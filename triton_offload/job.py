@@ -1,15 +1,10 @@
-"""The handle of a store or a load under way."""
+"""The handle of a store or a load."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction, TransferResult
-
-if TYPE_CHECKING:
-    from triton_offload.offloader import KVOffloader
 
 
 class TransferFailedError(RuntimeError):
@@ -20,26 +15,45 @@ class TransferFailedError(RuntimeError):
         self.result = result
 
 
-class OffloadJob:
-    """A store or a load under way. Any thread may use it."""
+class JobOwner(Protocol):
+    """What a job under way asks of the offloader that moves it."""
 
-    def __init__(
-        self, offloader: KVOffloader, job_id: int, direction: Direction, keys: list[Key]
-    ) -> None:
+    def _collect(self) -> None:
+        """Take in what has ended."""
+
+    def _released(self, job: OffloadJob) -> bool:
+        """Whether the job's pages are the engine's again."""
+
+    def _wait_on(self, job: OffloadJob, stream: Any) -> None:
+        """Let a stream follow that."""
+
+    def _block(self, job: OffloadJob, timeout: float | None) -> None:
+        """Block until the job has ended; raises TimeoutError."""
+
+
+class OffloadJob:
+    """A store or a load. Any thread may use it.
+
+    Once the job has ended, the handle keeps its result and nothing else: neither the offloader nor
+    its memory lives on for it.
+    """
+
+    def __init__(self, owner: JobOwner, job_id: int, direction: Direction) -> None:
         self.job_id = job_id
         self.direction = direction
-        self._offloader = offloader
-        self._keys = keys
-        self._transfers: set[int] = set()
-        self._others: list[OffloadJob] = []  # stores by other jobs of keys that this one names
-        self._parts: list[TransferResult] = []
+        self._owner: JobOwner | None = owner  # until it has ended
         self._result: TransferResult | None = None
+
+    def __repr__(self) -> str:
+        state = "under way" if self._result is None else self._result.status.value
+        return f"<OffloadJob {self.job_id}: {self.direction.value}, {state}>"
 
     @property
     def result(self) -> TransferResult | None:
         """How the job ended, or None while it is under way."""
-        if self._result is None:
-            self._offloader._collect()
+        owner = self._owner
+        if owner is not None:
+            owner._collect()
         return self._result
 
     @property
@@ -50,16 +64,14 @@ class OffloadJob:
     def source_released(self) -> bool:
         """Whether the engine may use the job's pages again: overwrite what was stored (its bytes
         may still be on their way to the pool), read what was loaded."""
-        queue = self._offloader._queue
-        return self._result is not None or all(
-            queue.source_released(job_id) for job_id in self._under_way()
-        )
+        owner = self._owner
+        return owner is None or owner._released(self)
 
     def wait(self, timeout: float | None = None) -> TransferResult:
         """Block until the bytes have landed. Raises TimeoutError, and TransferFailedError where
         they did not land or the job was cancelled. `get_finished` still reports the job."""
         self.block(timeout)
-        result = self.result
+        result = self._result
         assert result is not None
         if not result.success:
             raise TransferFailedError(result) from result.error
@@ -67,19 +79,16 @@ class OffloadJob:
 
     def wait_on(self, stream: Any) -> None:
         """Let a stream wait for the release of the job's pages, without the host."""
-        for job_id in self._under_way():
-            self._offloader._queue.wait_on(job_id, stream)
+        owner = self._owner
+        if owner is not None:
+            owner._wait_on(self, stream)
 
     def block(self, timeout: float | None = None) -> None:
         """Block until the job has ended, well or not. Raises TimeoutError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for other in self._others:
-            other.block(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if self._result is None:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._offloader._queue.wait(self._under_way(), left)
-            self._offloader._collect()
+        owner = self._owner
+        if owner is not None:
+            owner._block(self, timeout)
 
-    def _under_way(self) -> tuple[int, ...]:
-        with self._offloader._lock:  # another thread may just take one in
-            return tuple(self._transfers)
+    def _end(self, result: TransferResult) -> None:
+        self._result = result
+        self._owner = None

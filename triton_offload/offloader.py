@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import threading
+import time
+import warnings
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +23,9 @@ from triton_offload.calibration import Calibration
 from triton_offload.device import Device, device_for
 from triton_offload.job import OffloadJob
 from triton_offload.kernels.table import check_ids
+from triton_offload.ledger import Entry, JobLedger
 from triton_offload.pool.host_pool import HostPool
+from triton_offload.process_lock import ProcessLock
 from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
 from triton_offload.scheduler.manager import CPUOffloadingManager, OffloadingEvent
 from triton_offload.scheduler.policies import Key
@@ -32,13 +39,13 @@ from triton_offload.specs import (
     TransferStatus,
     as_ids,
 )
-from triton_offload.stats import DirectionStats, OffloadingStats
+from triton_offload.stats import OffloadingStats
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
-from triton_offload.transfer.queue_manager import transfer_queue
+from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
 
-BlockIds = Sequence[int] | npt.NDArray[np.integer]
+BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 
 
 class PoolFullError(RuntimeError):
@@ -66,8 +73,13 @@ class KVOffloader:
         device: the seam to transfer by, uncalibrated; None: by where the tensors lie. Tests give a
             `triton_offload.testing.SimulatedDevice`.
 
-    Every method may be called from any thread. A key (bytes) names one chunk of one group and must
-    stand for the same content for ever: engines use a hash of all tokens up to the chunk's end.
+    Every method may be called from any thread of the process that made it; in a fork of it they
+    raise RuntimeError. What a call was given (ids, keys) is the caller's again when it returns. A
+    key (bytes) names one chunk of one group and must stand for the same content for ever: engines
+    use a hash of all tokens up to the chunk's end.
+
+    Use it in a `with` statement, or call `close`. One that is dropped without is closed in the
+    background, with a ResourceWarning.
     """
 
     def __init__(
@@ -112,16 +124,14 @@ class KVOffloader:
             self._pool.close()
             raise
         # Guards the manager and the jobs: a lookup and the load that follows are one step.
-        self._lock = threading.RLock()
+        self._lock = ProcessLock("offloader")
         self._ids = itertools.count(1)
-        self._jobs: dict[int, OffloadJob] = {}  # by transfer
-        self._waiting: list[OffloadJob] = []  # for other jobs alone
-        self._storing: dict[Key, OffloadJob] = {}
-        self._finished: list[TransferResult] = []
-        self._totals = {direction: DirectionStats() for direction in Direction}
+        self._ledger = JobLedger()
         self._lookups = self._hits = self._evictions = 0
         self._closed = False  # no new jobs
-        self._freed = False  # no threads and no pinned memory either
+        self._finalizer = weakref.finalize(self, _dropped, os.getpid(), self._queue, self._pool)
+        # At exit the device ends its threads by itself; draining them first may take long.
+        self._finalizer.atexit = False
 
     @property
     def num_chunks(self) -> int:
@@ -149,18 +159,14 @@ class KVOffloader:
         it refuses the store; no more has changed then than that chunks may have been evicted.
         """
         with self._lock:
-            span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
-            stored = self._offload_keys(keys, group)
+            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
             output = self._manager.prepare_store(stored, span.masks())
             if output is None:
                 raise PoolFullError(
-                    f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks} "
+                    f"host pool: expected room for {len(stored)} chunks, got {self.num_chunks} "
                     f"chunks of which {self._manager.num_pinned} are pinned by transfers"
                 )
-            job = OffloadJob(self, next(self._ids), Direction.STORE, list(output.keys_to_store))
-            job._others = [
-                self._storing[key] for key in output.pending_keys if key in self._storing
-            ]
+            entry = self._entry(Direction.STORE, output.keys_to_store)
             self._manager.touch(stored)
             self._evictions += len(output.evicted_keys)
             place = {key: i for i, key in enumerate(stored)}
@@ -176,16 +182,15 @@ class KVOffloader:
                         ),
                         stream=stream,
                     )
-                    self._add(job, transfer)
+                    entry.transfers.add(transfer)
             except BaseException as error:
-                if not job._transfers:
-                    self._manager.complete_store(job._keys, success=False, latest=True)
+                if not entry.transfers:
+                    self._manager.complete_store(entry.keys, success=False, latest=True)
                     raise
                 # Part of it is under way: it ends as failed when that has ended.
-                job._parts.append(TransferResult(job.job_id, TransferStatus.FAILED, error=error))
-            self._storing.update(dict.fromkeys(job._keys, job))
-            self._settle(job)
-            return job
+                failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
+                entry.parts.append(failed)
+            return self._open(entry, output.pending_keys)
 
     def load(
         self,
@@ -207,11 +212,10 @@ class KVOffloader:
         changed then.
         """
         with self._lock:
-            span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
-            stored = self._offload_keys(keys, group)
+            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
-            job = OffloadJob(self, next(self._ids), Direction.LOAD, list(stored))
+            entry = self._entry(Direction.LOAD, stored)
             try:
                 if len(ids):
                     transfer = self._queue.transfer_async(
@@ -220,12 +224,11 @@ class KVOffloader:
                         expedited=expedited,
                         stream=stream,
                     )
-                    self._add(job, transfer)
+                    entry.transfers.add(transfer)
             except BaseException:
                 self._manager.complete_load(stored, latest=True)
                 raise
-            self._settle(job)
-            return job
+            return self._open(entry)
 
     def lookup(
         self,
@@ -243,11 +246,12 @@ class KVOffloader:
         with self._lock:
             self._check_open()
             self._collect()
+            stored = self._offload_keys(keys, group)
             masks = None
             if num_blocks is not None:
-                masks = self._span(keys, num_blocks, first_block).masks()
-            hits = self._manager.lookup(self._offload_keys(keys, group), masks)
-            self._lookups += len(keys)
+                masks = self._span(len(stored), num_blocks, first_block).masks()
+            hits = self._manager.lookup(stored, masks)
+            self._lookups += len(stored)
             self._hits += hits
             return hits
 
@@ -260,20 +264,30 @@ class KVOffloader:
     def get_finished(self) -> list[TransferResult]:
         """Jobs that ended since the last call, each once; jobs that were waited for too.
 
-        Results are kept until this is called: a program that only waits calls it now and then.
+        Of a program that only waits and never calls this, the latest 65,536 results are kept.
         """
         with self._lock:
             self._collect()
-            finished, self._finished = self._finished, []
-            return finished
+            return self._ledger.take_finished()
 
     def cancel(self, job: OffloadJob) -> bool:
-        """Take a job back if none of it has started; it ends as cancelled."""
+        """Take a job back, all of it or nothing.
+
+        True: none of it had started, and none of it ever will; it has ended as cancelled. What a
+        store would have added is not loadable, what was stored before is, and what was evicted for
+        it is gone. False: it has ended, or part of it has started, or another store waits for
+        chunks that it is storing; it ends as it would have.
+
+        Raises ValueError for a job of another offloader.
+        """
         with self._lock:
-            transfers = tuple(job._transfers)
-            taken = self._queue.cancel(transfers)
             self._collect()
-            return bool(transfers) and len(taken) == len(transfers)
+            entry = self._ledger.entry_of(job)
+            if entry is None:
+                if job._owner is not None:
+                    raise ValueError(f"job: expected one of this offloader, got {job!r} of another")
+                return False
+            return not entry.followed_by and self._cancel(entry)
 
     def take_events(self) -> list[OffloadingEvent]:
         """What was stored and removed since the last call (`enable_events`)."""
@@ -290,8 +304,8 @@ class KVOffloader:
         with self._lock:
             self._collect()
             return OffloadingStats(
-                self._totals[Direction.STORE],
-                self._totals[Direction.LOAD],
+                self._ledger.totals[Direction.STORE],
+                self._ledger.totals[Direction.LOAD],
                 self._lookups,
                 self._hits,
                 self._evictions,
@@ -303,23 +317,26 @@ class KVOffloader:
     def close(self, timeout: float | None = None) -> None:
         """Cancel what has not started, drain the rest, free the pool. Idempotent.
 
-        Jobs keep their results. Raises TimeoutError where the device does not finish; a later call
-        tries again. Other errors of the device are raised when all that can be freed is.
+        `timeout`: seconds in all. Jobs keep their results. Raises TimeoutError where the device
+        does not finish; a later call tries again. Other errors of the device are raised when all
+        that can be freed is. Does nothing in a fork of the process that made the offloader.
         """
+        if self._lock.foreign or not self._finalizer.alive:
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            if self._freed:
-                return
             self._closed = True
-            transfers = list(self._jobs)
-            self._queue.cancel(transfers)
-        self._queue.wait(transfers, timeout)
+            self._collect()
+            for entry in reversed(self._ledger.entries):  # those that follow others before these
+                self._cancel(entry)
+            transfers = [t for entry in self._ledger.entries for t in entry.transfers]
+        self._queue.wait(transfers, _left(deadline))
         with self._lock:
             self._collect()
-        try:
-            self._queue.shutdown(timeout)
-        finally:
-            self._pool.close()  # every job has ended, whatever else went wrong
-        self._freed = True
+        with ExitStack() as rest:
+            rest.callback(self._pool.close)  # every job has ended, whatever else goes wrong
+            rest.callback(self._queue.shutdown, _left(deadline))
+        self._finalizer.detach()  # all is freed, and nothing is left to do
 
     def __enter__(self) -> KVOffloader:
         return self
@@ -342,37 +359,46 @@ class KVOffloader:
         group: int,
         *,
         distinct: bool,
-    ) -> tuple[ChunkSpan, Ids]:
+    ) -> tuple[list[Key], ChunkSpan, Ids]:
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
         if self._pool.device.capturing():
             raise RuntimeError("the current stream captures a graph: expected no transfers in it")
-        if not 0 <= group < len(self._layout.groups):
-            raise ValueError(f"group: expected 0 to {len(self._layout.groups) - 1}, got {group}")
+        stored = self._offload_keys(keys, group)
         ids = as_ids("block_ids", block_ids)
         check_ids("block_ids", ids, self._layout.groups[group].table.num_blocks, distinct=distinct)
-        span = self._span(keys, len(ids), first_block)
+        span = self._span(len(stored), len(ids), first_block)
         self._collect()
-        return span, ids
+        return stored, span, ids
 
-    def _span(self, keys: Sequence[bytes], num_blocks: int, first_block: int) -> ChunkSpan:
+    def _span(
+        self, num_keys: int, num_blocks: SupportsIndex, first_block: SupportsIndex
+    ) -> ChunkSpan:
         span = ChunkSpan.of(first_block, num_blocks, self._layout.blocks_per_chunk)
-        if len(keys) != span.num_chunks:
+        if num_keys != span.num_chunks:
             raise ValueError(
                 f"keys: expected {span.num_chunks} for {num_blocks} blocks from {first_block} on "
-                f"at {self._layout.blocks_per_chunk} blocks a chunk, got {len(keys)}"
+                f"at {self._layout.blocks_per_chunk} blocks a chunk, got {num_keys}"
             )
         return span
 
     def _offload_keys(self, keys: Sequence[bytes], group: int) -> list[bytes]:
         """Keys as the manager knows them: where there are several groups, with the group's number
         behind, as vLLM does."""
+        count = len(self._layout.groups)
+        if isinstance(group, bool) or not isinstance(group, SupportsIndex):
+            raise ValueError(f"group: expected 0 to {count - 1}, got {group!r}")
+        if not 0 <= operator.index(group) < count:
+            raise ValueError(f"group: expected 0 to {count - 1}, got {group}")
+        if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
+            raise ValueError(f"keys: expected one key (bytes) a chunk, got {type(keys).__name__}")
+        keys = list(keys)
         for key in keys:
             if not isinstance(key, bytes):
                 raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
-        if len(self._layout.groups) == 1:
-            return list(keys)
-        suffix = group.to_bytes(4, "big")
+        if count == 1:
+            return keys
+        suffix = operator.index(group).to_bytes(4, "big")
         return [key + suffix for key in keys]
 
     def _device_spec(self, ids: Ids, first: int, group: int) -> GPULoadStoreSpec:
@@ -380,77 +406,105 @@ class KVOffloader:
         sizes = [len(ids) if i == group else 0 for i in range(count)]
         return GPULoadStoreSpec(ids, sizes, [first] * count)
 
-    def _add(self, job: OffloadJob, transfer: int) -> None:
-        job._transfers.add(transfer)
-        self._jobs[transfer] = job
+    def _entry(self, direction: Direction, keys: Iterable[Key]) -> Entry:
+        return Entry(OffloadJob(self, next(self._ids), direction), list(keys))
+
+    def _open(self, entry: Entry, follows: Iterable[Key] = ()) -> OffloadJob:
+        self._ledger.open(entry, follows)
+        if not entry.transfers:
+            self._complete(entry)
+        return entry.job
 
     def _collect(self) -> None:
         """Take in what has ended: release pins, make stored keys loadable."""
         with self._lock:
             for result in self._queue.get_finished():
-                job = self._jobs.pop(result.job_id)
-                job._transfers.discard(result.job_id)
-                job._parts.append(result)
-                self._settle(job)
-            for job in [job for job in self._waiting if all(o._result for o in job._others)]:
-                self._waiting.remove(job)
-                self._finish(job)
+                entry = self._ledger.take(result)
+                if entry is not None:
+                    self._complete(entry)
 
-    def _settle(self, job: OffloadJob) -> None:
-        """Complete a job of which nothing is under way any more."""
-        if job._transfers:
-            return
-        success = all(part.success for part in job._parts)
-        if job.direction is Direction.LOAD:
-            self._manager.complete_load(job._keys)
+    def _complete(self, entry: Entry) -> None:
+        """Nothing that a job moves itself is under way any more."""
+        if entry.job.direction is Direction.LOAD:
+            self._manager.complete_load(entry.keys)
         else:
-            self._manager.complete_store(job._keys, success=success)
-            for key in job._keys:
-                if self._storing.get(key) is job:
-                    del self._storing[key]
-        if all(other._result for other in job._others):
-            self._finish(job)
-        else:
-            self._waiting.append(job)
+            success = all(part.success for part in entry.parts)
+            self._manager.complete_store(entry.keys, success=success)
+        self._ledger.moved(entry)
 
-    def _finish(self, job: OffloadJob) -> None:
-        parts = job._parts + [other._result for other in job._others if other._result]
-        bad = next((part for part in parts if not part.success), None)
-        if bad is not None:
-            result = TransferResult(job.job_id, bad.status, error=bad.error)
-        else:
-            result = TransferResult(
-                job.job_id,
-                TransferStatus.SUCCESS,
-                sum(part.num_bytes for part in job._parts),
-                sum(part.seconds for part in job._parts),
-            )
-        job._result = result
-        self._totals[job.direction] = self._totals[job.direction].add(result)
-        self._finished.append(result)
+    def _cancel(self, entry: Entry) -> bool:
+        """All of a job, if none of it has started."""
+        if entry.parts:
+            return False
+        if entry.transfers and not self._queue.cancel_together(entry.transfers):
+            return False
+        self._ledger.cancelled(entry)
+        self._complete(entry)
+        return True
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the offloader is closed")
+
+    # -- what a job asks --
+
+    def _released(self, job: OffloadJob) -> bool:
+        return all(map(self._queue.source_released, self._transfers_of(job)))
+
+    def _wait_on(self, job: OffloadJob, stream: Any) -> None:
+        for transfer in self._transfers_of(job):
+            self._queue.wait_on(transfer, stream)
+
+    def _block(self, job: OffloadJob, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while job._result is None:
+            self._queue.wait(self._transfers_of(job, follows=True), _left(deadline))
+            self._collect()
+
+    def _transfers_of(self, job: OffloadJob, follows: bool = False) -> list[int]:
+        """The job's transfers under way, and those of the jobs that it follows."""
+        with self._lock:
+            entry = self._ledger.entry_of(job)
+            if entry is None:
+                return []
+            entries = [entry, *entry.follows] if follows else [entry]
+            return [transfer for each in entries for transfer in each.transfers]
 
     def _check(self) -> None:
         """Asserts that transfers, jobs, keys and pins belong together."""
         with self._lock:
             self._manager._check()
             self._queue._check()
-            assert self._jobs.keys() == self._queue._worker_of.keys()
-            under_way = set(self._jobs.values())
+            self._ledger._check()
+            known = self._ledger._of_transfer.keys() | self._ledger._cancelled
+            assert known == self._queue._worker_of.keys()
             pinned: dict[Direction, Counter[Key]] = {each: Counter() for each in Direction}
-            for job in under_way:
-                assert job._result is None
-                assert job._transfers == {t for t, owner in self._jobs.items() if owner is job}
-                pinned[job.direction].update(job._keys)
+            for entry in self._ledger.entries:
+                if not entry.moved:
+                    pinned[entry.job.direction].update(entry.keys)
             # Every pin is that of a job under way, and the other way round.
             assert self._manager._pins() == (pinned[Direction.LOAD], pinned[Direction.STORE])
-            for key, job in self._storing.items():
-                assert job in under_way, "a job that ended is still storing"
-                assert key in job._keys
-            for job in self._waiting:
-                assert not job._transfers
-                assert job._result is None
-                assert any(other._result is None for other in job._others)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _dropped(pid: int, queue: OffloadingQueueManager, pool: HostPool) -> None:
+    """An offloader was collected without `close`."""
+    if os.getpid() != pid:  # a fork's copy, of which nothing runs here
+        return
+
+    def free() -> None:
+        with ExitStack() as rest:
+            rest.callback(pool.close)
+            rest.callback(queue.shutdown)
+
+    # Not here: whoever's allocation started the collection may hold any lock, and the device may
+    # take its time.
+    threading.Thread(target=free, name="triton-offload-dropped", daemon=True).start()
+    warnings.warn(
+        "a KVOffloader was dropped without close(): expected `with KVOffloader(...)`, or a call",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -128,6 +128,16 @@ class OffloadingQueueManager:
             taken |= worker.cancel(ids)
         return taken
 
+    def cancel_together(self, job_ids: Iterable[int]) -> bool:
+        """Take back all of these jobs of one worker, or none where one of them has started.
+
+        Raises ValueError for jobs of several workers.
+        """
+        groups = self._by_worker(job_ids)
+        if len(groups) > 1:
+            raise ValueError(f"job_ids: expected jobs of one worker, got {len(groups)} workers'")
+        return all(worker.cancel_together(ids) for worker, ids in groups)
+
     def source_released(self, job_id: int) -> bool:
         """Whether the engine may use the job's pages again."""
         return all(

@@ -55,6 +55,12 @@ class OffloadingWorker(ABC):
     def cancel(self, job_ids: Iterable[int]) -> set[int]:
         """Take back those that have not started, and return their ids."""
 
+    def cancel_together(self, job_ids: Iterable[int]) -> bool:
+        """Take back all of these or none; False where one has started. Only jobs that are not
+        reported yet. A worker that can't promise that takes back none of several."""
+        ids = list(job_ids)
+        return len(ids) < 2 and len(self.cancel(ids)) == len(ids)
+
     @abstractmethod
     def shutdown(self, timeout: float | None = None) -> None:
         """Refuse new jobs, cancel what has not started, drain the rest. Idempotent."""
@@ -110,6 +116,9 @@ class DeviceWorker(OffloadingWorker):
 
     def cancel(self, job_ids: Iterable[int]) -> set[int]:
         return {job.job_id for job in self._known(job_ids) if self._pipeline.cancel(job)}
+
+    def cancel_together(self, job_ids: Iterable[int]) -> bool:
+        return self._pipeline.cancel_all(self._known(job_ids))
 
     def source_released(self, job_id: int) -> bool:
         """Whether the engine may use the job's pages again (a reported job's: yes)."""
