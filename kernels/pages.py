@@ -226,11 +226,14 @@ def gather_pages(
     Args:
         table: Where the pages lie.
         block_ids: ``[n]`` ids of blocks to read; may repeat. A list, a numpy array or an integer
-            tensor. Ids in a tensor on the device are trusted, not checked.
+            tensor: copied, and the caller's again on return. Ids in a tensor on the device are
+            trusted, not checked, and read when the kernel runs: the caller leaves them as they
+            are until then, or changes them by work on the same stream.
         slots: uint8 ``[num_slots, >= table.slot_bytes]``, rows at any stride; on the table's
             device, or pinned host memory that the device maps.
         slot_ids: ``[ceil((first_block + n) / B)]`` distinct slots, one for each chunk of the run;
-            those of chunks before ``first_block`` are not looked at. None for 0, 1, ...
+            those of chunks before ``first_block`` are not looked at. None for 0, 1, ... Copied, or
+            left alone on the device, as ``block_ids`` are.
         first_block: Where in its run of chunks the first block lies.
         config: None for ``choose_config``.
 
@@ -300,6 +303,8 @@ def prepare(
         config: What the launches will use; None for both of ``choose_config``.
     """
     _check_table(table)
+    if slots_alignment not in (16, 8, 4, 2, 1):
+        raise ValueError(f"slots_alignment: expected 16, 8, 4, 2 or 1, got {slots_alignment!r}")
     backend = compiling.backend_of(_gather_kernel, table.device)
     both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
     for each in both if config is None else [config]:
@@ -384,10 +389,11 @@ def _plan(
     key = slots_alignment, config.warps, config.tile_bytes
     plan = table.launch_plans.get(key)
     if plan is None:
-        plan = [
-            (spec, torch.from_numpy(strips).to(table.device))
-            for spec, strips in cut_into_strips(table, slots_alignment, config)
-        ]
+        with torch.inference_mode(False):  # other threads will use it, outside of it
+            plan = [
+                (spec, torch.from_numpy(strips).to(table.device))
+                for spec, strips in cut_into_strips(table, slots_alignment, config)
+            ]
         table.launch_plans[key] = plan
     return plan
 

@@ -39,7 +39,8 @@ def gather_pages(
 
     Args:
         table: Where the pages lie.
-        block_ids: ``[n]`` ids of blocks to read; may repeat. List, numpy array or integer tensor.
+        block_ids: ``[n]`` ids of blocks to read; may repeat. List, numpy array or integer tensor:
+            the caller's again on return, but for a tensor on the device (see the kernels').
         slots: uint8 ``[num_slots, >= table.slot_bytes]`` on the table's device, rows at any
             stride.
         slot_ids: ``[ceil((first_block + n) / B)]`` distinct slots, one for each chunk of the run;

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -11,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .arguments import IdArray, as_ids, as_integer
+
 Ids: TypeAlias = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
-IdArray: TypeAlias = npt.NDArray[np.int64]
 Direction: TypeAlias = Literal["gather", "scatter"]
 
 
@@ -57,13 +57,17 @@ class PageTable:
     tensor's page size: tensor by tensor, in each the blocks of the chunk in order.
 
     The table holds views of the caller's tensors and keeps their memory alive; it owns no other
-    memory than a small table of addresses on ``device``.
+    memory than a small table of addresses on ``device``. Lists that it was made of are the
+    caller's again.
 
     Args:
-        tensors: Cache tensors ``[num_blocks, ...]`` on one device. Any dtype; dims after the first
-            contiguous; any block stride of at least a page, so views into one storage are fine.
-            Page sizes, dtypes and strides may differ between tensors.
+        tensors: Cache tensors ``[num_blocks, ...]`` on one device, CPU or GPU: a list, or a dict
+            by name. Any dtype; dims after the first contiguous; any block stride of at least a
+            page, so views into one storage are fine. Page sizes, dtypes and strides may differ
+            between tensors. A tensor ``[2, num_blocks, ...]`` with K and V in one is two of
+            them, ``[*tensor]``.
         blocks_per_chunk: Blocks in a chunk, at least 1.
+        name: What errors call ``tensors``.
 
     Raises:
         ValueError: Names the argument, what was expected and what was given.
@@ -77,21 +81,19 @@ class PageTable:
     """Number of valid block ids: the smallest over the tensors."""
     device: torch.device
 
-    def __init__(self, tensors: Sequence[torch.Tensor], blocks_per_chunk: int = 1) -> None:
-        blocks_per_chunk = operator.index(blocks_per_chunk)
-        if blocks_per_chunk < 1:
-            raise ValueError(f"blocks_per_chunk: expected at least 1, got {blocks_per_chunk}")
-        if len(tensors) == 0:
-            raise ValueError("tensors: expected at least one tensor, got none")
+    def __init__(
+        self,
+        tensors: Iterable[torch.Tensor] | Mapping[str, torch.Tensor],
+        blocks_per_chunk: int = 1,
+        *,
+        name: str = "tensors",
+    ) -> None:
+        blocks_per_chunk = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
+        named = _named_tensors(name, tensors)
         rows = []
         offset = 0
-        for index, tensor in enumerate(tensors):
-            if tensor.device != tensors[0].device:
-                raise ValueError(
-                    f"tensors[{index}]: expected a tensor on {tensors[0].device}, as tensors[0], "
-                    f"got one on {tensor.device}"
-                )
-            view = _byte_view(tensor, f"tensors[{index}]")
+        for label, tensor in named:
+            view = _byte_view(tensor, label)
             page_bytes = view.shape[1]
             rows.append(PageRow(view, page_bytes, page_bytes, offset, view.stride(0)))
             offset += blocks_per_chunk * page_bytes
@@ -114,13 +116,14 @@ class PageTable:
         table._fill(pages, self.blocks_per_chunk, slot_bytes)
         return table
 
-    def group(self, refs: Sequence[tuple[int, int]]) -> PageTable:
+    def group(self, refs: Sequence[tuple[int, int]], *, name: str = "refs") -> PageTable:
         """The table of one KV cache group: some of the tensors, in the same slot format.
 
         Args:
             refs: ``(tensor index, page bytes)`` of each of the group's tensors. Only the first
                 ``page bytes`` of a page move, at most the tensor's own. Several groups may name
                 the same tensor.
+            name: What errors call ``refs``.
 
         Returns:
             A table with the offsets, pitches and ``slot_bytes`` of this one.
@@ -129,20 +132,28 @@ class PageTable:
             ValueError: ``refs`` is empty, or an index or a size is out of range.
         """
         if len(refs) == 0:
-            raise ValueError("refs: expected at least one tensor, got none")
+            raise ValueError(f"{name}: expected at least one tensor, got none")
         rows = []
-        for position, (index, page_bytes) in enumerate(refs):
-            if not 0 <= index < len(self.pages):
+        for position, ref in enumerate(refs):
+            label = f"{name}[{position}]"
+            try:
+                index, page_bytes = ref
+            except (TypeError, ValueError):
                 raise ValueError(
-                    f"refs[{position}]: expected a tensor index in [0, {len(self.pages)}), "
-                    f"got {index}"
+                    f"{label}: expected (tensor index, page bytes), got {ref!r}"
+                ) from None
+            index, page_bytes = as_integer(label, index), as_integer(label, page_bytes)
+            if index >= len(self.pages):
+                raise ValueError(
+                    f"{label}: expected a tensor index in [0, {len(self.pages)}), got {index}"
                 )
             row = self.pages[index]
             if not 1 <= page_bytes <= row.page_bytes:
                 raise ValueError(
-                    f"refs[{position}]: expected page bytes in [1, {row.page_bytes}] for tensor "
+                    f"{label}: expected page bytes in [1, {row.page_bytes}] for tensor "
                     f"{index}, got {page_bytes}"
                 )
+            # In inference mode a view is as fit for use outside of it as its base is.
             rows.append(replace(row, view=row.view[:, :page_bytes], page_bytes=page_bytes))
         return self._derived(tuple(rows), self.slot_bytes)
 
@@ -176,7 +187,8 @@ class BlockRun:
     """
 
     block_ids: torch.Tensor
-    """int64 ``[num_blocks]``, on the host, or on the device where the caller's lay there."""
+    """int64 ``[num_blocks]``: a copy on the host, or on the device where the caller's lay there;
+    those are still the caller's where they were int64 and contiguous."""
     slot_ids: torch.Tensor
     """int64 ``[num_chunks]``, likewise."""
     first_block: int
@@ -195,8 +207,8 @@ def check_run(
     """Check the ids of a run of blocks, and bring them into one form.
 
     Args:
-        block_ids: ``[n]`` block ids; a list, a numpy array or an integer tensor. Tensors on a
-            device are trusted: looking at them would make the host wait for it.
+        block_ids: ``[n]`` block ids; a list, a numpy array or an integer tensor, all copied.
+            Tensors on a device are neither looked at nor copied: the host would wait for it.
         num_slots: Slots of the buffer on the other side.
         slot_ids: ``[ceil((first_block + n) / B)]`` slot ids, one for each chunk of the run; those
             of chunks before ``first_block`` are not looked at. None for 0, 1, ...
@@ -204,15 +216,13 @@ def check_run(
         direction: ``gather`` writes slots (slot ids must be distinct), ``scatter`` writes blocks.
 
     Raises:
-        ValueError: An id out of range, a destination named twice, or a wrong number of slot ids.
-        TypeError: Ids that are not integers.
+        ValueError: An id out of range, a destination named twice, a wrong number of slot ids, or
+            ids that are not integers.
     """
     blocks_per_chunk = table.blocks_per_chunk
-    first_block = operator.index(first_block)
-    if first_block < 0:
-        raise ValueError(f"first_block: expected at least 0, got {first_block}")
+    first_block = as_integer("first_block", first_block)
     skipped, position = divmod(first_block, blocks_per_chunk)
-    blocks = _as_ids(block_ids, "block_ids")
+    blocks = _host_or_device_ids("block_ids", block_ids)
     if isinstance(blocks, np.ndarray):
         check_ids("block_ids", blocks, table.num_blocks, distinct=direction == "scatter")
     n = blocks.shape[0]
@@ -225,7 +235,7 @@ def check_run(
                 f"{first_block} on, got {num_slots}"
             )
     else:
-        slots = _as_ids(slot_ids, "slot_ids")
+        slots = _host_or_device_ids("slot_ids", slot_ids)
         if slots.shape[0] != num_chunks:
             raise ValueError(
                 f"slot_ids: expected {num_chunks} ids for {n} blocks from block {first_block} on "
@@ -242,18 +252,22 @@ def check_ids(name: str, ids: IdArray, limit: int, *, distinct: bool) -> None:
     ``distinct`` is set, each at most once. 8,192 ids take some 0.02 ms."""
     if ids.size == 0:
         return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= limit:
+    # As unsigned numbers, ids below 0 are the highest. (`max` is half a microsecond more.)
+    high = int(np.maximum.reduce(ids.view(np.uint64)))
+    if high >= limit:
+        low = int(ids.min())
         raise ValueError(
             f"{name}: expected ids in [0, {limit}), got {low if low < 0 else high} at index "
             f"{int(ids.argmin() if low < 0 else ids.argmax())}"
         )
     if not distinct or ids.size == 1:
         return
+    most = 64 * ids.size
+    low = 0 if high < most else int(ids.min())
     span = high - low + 1
-    if span <= 64 * ids.size:
+    if span <= most:
         seen = np.zeros(span, dtype=np.bool_)
-        seen[ids - low] = True
+        seen[ids - low if low else ids] = True
         repeated = int(np.count_nonzero(seen)) != ids.size
     else:  # a few ids far apart: sorting them is less than clearing a bitmap of all between
         ordered = np.sort(ids)
@@ -269,6 +283,8 @@ def check_ids(name: str, ids: IdArray, limit: int, *, distinct: bool) -> None:
 def check_slots(table: PageTable, slots: torch.Tensor) -> None:
     """Raise ValueError unless ``slots`` is uint8 ``[num_slots, >= table.slot_bytes]`` with
     contiguous, non-overlapping rows. Its device is the caller's to check."""
+    if not isinstance(slots, torch.Tensor):
+        raise ValueError(f"slots: expected a torch.Tensor, got {type(slots).__name__}")
     if slots.dtype != torch.uint8 or slots.dim() != 2:
         raise ValueError(
             f"slots: expected uint8 [num_slots, >= {table.slot_bytes}], got {slots.dtype} "
@@ -293,6 +309,35 @@ def alignment_of(*parts: int) -> int:
     return bits & -bits
 
 
+def _named_tensors(
+    name: str, tensors: Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
+    """Each tensor with what errors call it; all strided, on one device of a kind that is known."""
+    if isinstance(tensors, torch.Tensor) or not isinstance(tensors, Iterable):
+        got = "one tensor" if isinstance(tensors, torch.Tensor) else type(tensors).__name__
+        raise ValueError(f"{name}: expected a list or dict of tensors, got {got}")
+    items = tensors.items() if isinstance(tensors, Mapping) else enumerate(tensors)
+    named = [(f"{name}[{key!r}]", tensor) for key, tensor in items]
+    if not named:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    for label, tensor in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{label}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device.type not in ("cpu", "cuda"):  # torch calls ROCm "cuda" too
+            raise ValueError(
+                f"{label}: expected a tensor on cpu or cuda, got one on {tensor.device}"
+            )
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{label}: expected a strided tensor, got {tensor.layout}")
+        first_label, first = named[0]
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{label}: expected a tensor on {first.device}, as {first_label}, got one on "
+                f"{tensor.device}"
+            )
+    return named
+
+
 def _byte_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """uint8 ``[num_blocks, page_bytes]`` over the memory of ``tensor``."""
     shape, strides = tensor.shape, tensor.stride()
@@ -315,14 +360,16 @@ def _byte_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
             f"{name}: expected a block stride of at least a page ({page_bytes} bytes), got "
             f"{block_stride} bytes"
         )
-    # Tensor.view(torch.uint8) refuses some dtypes; a view of the storage serves all of them.
-    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return view.set_(
-        tensor.untyped_storage(),
-        tensor.storage_offset() * item,
-        (shape[0], page_bytes),
-        (block_stride, 1),
-    )
+    # Tensor.view(torch.uint8) refuses some dtypes; a view of the storage serves all of them. It is
+    # written to by any thread, and what is made in inference mode could not be outside of it.
+    with torch.inference_mode(False):
+        view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        return view.set_(
+            tensor.untyped_storage(),
+            tensor.storage_offset() * item,
+            (shape[0], page_bytes),
+            (block_stride, 1),
+        )
 
 
 def _merge_runs(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[ByteRun, ...]:
@@ -341,25 +388,18 @@ def _merge_runs(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[Byte
     return tuple(runs)
 
 
-def _as_ids(ids: Ids, name: str) -> IdArray | torch.Tensor:
-    """int64 ``[n]``: an array for ids on the host, the tensor itself for ids on a device."""
-    if isinstance(ids, torch.Tensor):
-        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integers [n], got {ids.dtype} {list(ids.shape)}")
-        if ids.device.type != "cpu":
-            return ids.to(torch.int64).contiguous()
-        array: npt.NDArray[np.integer] = ids.numpy()
-    else:
-        array = np.asarray(ids)
-        if array.size == 0:
-            array = array.astype(np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"{name}: expected integers [n], got {array.dtype} {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+def _host_or_device_ids(name: str, ids: Ids) -> IdArray | torch.Tensor:
+    """int64 ``[n]``: a copy of ids on the host, the caller's own on a device."""
+    if not isinstance(ids, torch.Tensor) or ids.device.type == "cpu":
+        return as_ids(name, ids)
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected a one-dimensional tensor of integers, got {ids.dtype} "
+            f"{list(ids.shape)}"
+        )
+    return ids.to(torch.int64).contiguous()
 
 
 def _as_tensor(ids: IdArray | torch.Tensor) -> torch.Tensor:
-    if isinstance(ids, torch.Tensor):
-        return ids
-    # torch warns of arrays that it could write to by mistake; a read-only one is copied.
-    return torch.from_numpy(ids if ids.flags.writeable else ids.copy())
+    # torch has no read-only tensors, and warns of arrays that are.
+    return ids if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.copy())

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import triton
 
+from .arguments import as_integer
 from .table import PageTable
 
 # The axis of a tile that the compiler deals warps to first, after the one of adjacent words: where
@@ -30,11 +31,10 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("warps", 1), ("tile_bytes", 1024)):
-            value = getattr(self, name)
-            if value < least or value & (value - 1):
-                raise ValueError(f"{name}: expected a power of two >= {least}, got {value}")
-        if self.programs < 1:
-            raise ValueError(f"programs: expected at least 1, got {self.programs}")
+            value = as_integer(name, getattr(self, name), least)
+            if value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two, got {value}")
+        as_integer("programs", self.programs, 1)
 
 
 def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
@@ -46,6 +46,8 @@ def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
     Zero copy wants bytes in flight: 1,024 threads with 128 bytes each are what the registers of an
     SM hold. Staged kernels leave room beside them on the SM for the model's.
     """
+    if backend not in ("cuda", "hip"):
+        raise ValueError(f"backend: expected cuda or hip, got {backend!r}")
     # Threads of a CTA are what counts; a wave of 64 lanes is two warps.
     lanes = 2 if backend == "hip" else 1
     if zero_copy:

@@ -362,9 +362,9 @@ def test_wrong_use_is_refused_and_changes_nothing():
         ({"groups": [["layer.9"]]}, r"groups\[0\]: .*'layer.9'"),
         ({"groups": []}, "groups: expected at least one"),
         ({"kv_caches": torch.zeros(3, 3)}, "kv_caches: expected a list or dict"),
-        ({"kv_caches": []}, "tensors: expected at least one"),
-        ({"kv_caches": [torch.zeros(4, 4, 4).transpose(1, 2)]}, r"tensors\[0\]: .*contiguous"),
-        ({"kv_caches": [torch.zeros(3), torch.zeros(3, device="meta")]}, r"tensors\[1\]: .*cpu"),
+        ({"kv_caches": []}, "kv_caches: expected at least one"),
+        ({"kv_caches": [torch.zeros(4, 4, 4).transpose(1, 2)]}, r"kv_caches\[0\]: .*contiguous"),
+        ({"kv_caches": [torch.zeros(3), torch.zeros(3, device="meta")]}, r"kv_caches\[1\]: .*cpu"),
     ],
 )
 def test_an_offloader_that_cannot_work_is_refused(kwargs, message):

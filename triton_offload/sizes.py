@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
+from decimal import Decimal
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -12,7 +15,8 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(name: str, size: int | str) -> int:
-    """`size` in bytes: an int, or a number with a unit ("8GiB", "500 MB", "16K" = 16 KiB).
+    """`size` in bytes: an int, of numpy too, or a number with a unit ("8GiB", "500 MB", "16K" =
+    16 KiB), a fraction of a byte dropped.
 
     Raises ValueError that names the argument `name`.
     """
@@ -20,9 +24,12 @@ def parse_bytes(name: str, size: int | str) -> int:
         match = _SIZE.fullmatch(size)
         units = {unit.lower(): factor for unit, factor in _UNITS.items()}
         if match is not None and match[2].lower() in units:
-            return int(float(match[1]) * units[match[2].lower()])
-    elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
+            return int(Decimal(match[1]) * units[match[2].lower()])  # a float is off by one byte
+    elif not isinstance(size, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(size)
+            if number >= 0:
+                return number
     raise ValueError(f'{name}: expected a number of bytes, or one like "8GiB", got {size!r}')
 
 

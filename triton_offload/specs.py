@@ -5,27 +5,27 @@ The names are those of vLLM's offloading design and keep its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+from triton_offload.kernels.arguments import IdArray as Ids
+from triton_offload.kernels.arguments import as_ids, as_integer, unwritable
 
-
-def as_ids(name: str, ids: Sequence[int] | npt.NDArray[np.integer]) -> Ids:
-    """`ids` as a one-dimensional int64 array; raises ValueError that names the argument."""
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name}: expected a one-dimensional sequence of integers, "
-            f"got shape {array.shape} of {array.dtype}"
-        )
-    return np.ascontiguousarray(array, dtype=np.int64)
+__all__ = [
+    "CPULoadStoreSpec",
+    "Direction",
+    "GPULoadStoreSpec",
+    "Ids",
+    "LoadStoreSpec",
+    "TransferResult",
+    "TransferStatus",
+    "as_ids",
+]
 
 
 class Direction(Enum):
@@ -47,6 +47,9 @@ class GPULoadStoreSpec(LoadStoreSpec):
     consecutive blocks of one request. `block_indices[g]` is the place of the group's first block
     in that request, counted in blocks: modulo `blocks_per_chunk` it says where in its first
     chunk the run begins.
+
+    The ids are the spec's own copy, which nobody can write to: a spec may be handed on, and kept,
+    by anybody.
     """
 
     block_ids: Ids
@@ -60,19 +63,23 @@ class GPULoadStoreSpec(LoadStoreSpec):
         block_indices: Sequence[int] | None = None,
     ) -> None:
         ids = as_ids("block_ids", block_ids)
-        sizes = (len(ids),) if group_sizes is None else tuple(int(n) for n in group_sizes)
-        indices = (0,) * len(sizes) if block_indices is None else tuple(map(int, block_indices))
-        if any(n < 0 for n in sizes) or sum(sizes) != len(ids):
+        sizes = (len(ids),) if group_sizes is None else _counts("group_sizes", group_sizes)
+        indices = (
+            (0,) * len(sizes) if block_indices is None else _counts("block_indices", block_indices)
+        )
+        if sum(sizes) != len(ids):
+            raise ValueError(f"group_sizes: expected the sum {len(ids)}, got {sizes}")
+        if len(indices) != len(sizes):
             raise ValueError(
-                f"group_sizes: expected non-negative sizes with the sum {len(ids)}, got {sizes}"
-            )
-        if len(indices) != len(sizes) or any(i < 0 for i in indices):
-            raise ValueError(
-                f"block_indices: expected {len(sizes)} non-negative indices, got {indices}"
+                f"block_indices: expected {len(sizes)}, one for each group, got {indices}"
             )
         object.__setattr__(self, "block_ids", ids)
         object.__setattr__(self, "group_sizes", sizes)
         object.__setattr__(self, "block_indices", indices)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # A copy of an array can be written to: copies of a spec, in other processes too, are made.
+        return type(self), (self.block_ids, self.group_sizes, self.block_indices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class CPULoadStoreSpec(LoadStoreSpec):
 
     `fresh`: bool [num_chunks] or None. A store clears what a fresh slot held before; of a slot
     that is not fresh (None: no slot is) it writes its own pages and keeps the rest. Loads ignore
-    it.
+    it. Ids and flags are the spec's own copies, as in `GPULoadStoreSpec`.
     """
 
     slot_ids: Ids
@@ -93,15 +100,36 @@ class CPULoadStoreSpec(LoadStoreSpec):
         fresh: bool | Sequence[bool] | npt.NDArray[np.bool_] | None = None,
     ) -> None:
         ids = as_ids("slot_ids", slot_ids)
-        flags: npt.NDArray[np.bool_] | None = None
-        if isinstance(fresh, bool):
-            flags = np.full(len(ids), fresh)
-        elif fresh is not None:
-            flags = np.asarray(fresh, dtype=np.bool_)
-            if flags.shape != ids.shape:
-                raise ValueError(f"fresh: expected {len(ids)} flags, got shape {flags.shape}")
         object.__setattr__(self, "slot_ids", ids)
-        object.__setattr__(self, "fresh", flags)
+        object.__setattr__(self, "fresh", None if fresh is None else _flags(fresh, len(ids)))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.slot_ids, self.fresh)
+
+
+def _counts(name: str, counts: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(counts, Iterable):
+        raise ValueError(f"{name}: expected a sequence of integers, got {counts!r}")
+    return tuple(
+        # The names of the wrong ones alone are put together: every job comes by here.
+        n if type(n) is int and n >= 0 else as_integer(f"{name}[{i}]", n)
+        for i, n in enumerate(counts)
+    )
+
+
+def _flags(
+    fresh: bool | Sequence[bool] | npt.NDArray[np.bool_], count: int
+) -> npt.NDArray[np.bool_]:
+    """bool [count], which nobody can write to."""
+    if isinstance(fresh, bool | np.bool_):
+        return np.ndarray(count, np.bool_, (b"\1" if fresh else b"\0") * count)
+    try:
+        flags = np.asarray(fresh)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fresh: expected {count} flags, got {reprlib.repr(fresh)}") from error
+    if flags.shape != (count,) or (count and flags.dtype != np.bool_):
+        raise ValueError(f"fresh: expected {count} flags, got shape {flags.shape} of {flags.dtype}")
+    return unwritable(flags.astype(np.bool_, copy=False))
 
 
 class TransferStatus(Enum):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ import torch
 
 from triton_offload.kernels.table import ByteRun, PageTable, check_ids
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+
+KVCaches: TypeAlias = Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,31 +48,66 @@ class GroupLayout:
 class CacheLayout:
     """The tensors of a KV cache and how its groups name them.
 
-    `tensors`: `[num_blocks, ...]` each, all on one device; they stay the caller's and must live
-    as long as this does. A tensor's whole page has a place in the slot (see `PageTable`).
+    `kv_caches`: `[num_blocks, ...]` tensors, a list or a dict by name, all on one device; they
+    stay the caller's and must live as long as this does. Of a layer whose K and V are one tensor
+    `[2, num_blocks, ...]`, give the two: `[half for tensor in tensors for half in tensor]`. A
+    tensor's whole page has a place in the slot (see `PageTable`).
     `groups[g]`: `(tensor index, page bytes)` for every page of the group's blocks; page bytes may
     be less than the tensor's page where the engine pads it. None: one group of all tensors.
-    Groups may name the same tensor.
+    Groups may name the same tensor, a group names each once.
+
+    Raises ValueError that names the argument.
     """
 
     def __init__(
         self,
-        tensors: Sequence[torch.Tensor],
+        kv_caches: KVCaches,
         blocks_per_chunk: int = 1,
         groups: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
-        table = PageTable(tensors, blocks_per_chunk)
-        self.blocks_per_chunk = blocks_per_chunk
+        self._fill(PageTable(kv_caches, blocks_per_chunk, name="kv_caches"), groups)
+
+    @classmethod
+    def named(
+        cls,
+        kv_caches: KVCaches,
+        blocks_per_chunk: int = 1,
+        groups: Sequence[Sequence[int | str]] | None = None,
+    ) -> CacheLayout:
+        """The layout with whole pages: `groups[g]` are the tensors of the group, by index (list)
+        or name (dict)."""
+        table = PageTable(kv_caches, blocks_per_chunk, name="kv_caches")
+        names = list(kv_caches) if isinstance(kv_caches, Mapping) else range(len(table.pages))
+        refs: list[list[tuple[int, int]]] | None = None
+        if groups is not None:
+            index: dict[int | str, int] = {name: i for i, name in enumerate(names)}
+            refs = [
+                [(i, table.pages[i].page_bytes) for i in _members(f"groups[{g}]", group, index)]
+                for g, group in enumerate(_listed("groups", groups))
+            ]
+        layout = cls.__new__(cls)
+        layout._fill(table, refs)
+        return layout
+
+    def _fill(self, table: PageTable, groups: Sequence[Sequence[tuple[int, int]]] | None) -> None:
+        self.blocks_per_chunk = table.blocks_per_chunk
         self.slot_bytes = table.slot_bytes
         self.device = table.device
         if groups is None:
             tables = [table]
             members = [{i: page.page_bytes for i, page in enumerate(table.pages)}]
         else:
-            if not groups:
+            refs = [
+                _listed(f"groups[{g}]", group) for g, group in enumerate(_listed("groups", groups))
+            ]
+            if not refs:
                 raise ValueError("groups: expected at least one group, got none")
-            tables = [table.group(group) for group in groups]
-            members = [dict(group) for group in groups]
+            tables = [table.group(group, name=f"groups[{g}]") for g, group in enumerate(refs)]
+            members = [{int(i): int(size) for i, size in group} for group in refs]
+            for g, (group, pages) in enumerate(zip(refs, members, strict=True)):
+                if len(pages) != len(group):
+                    twice = [i for i, _ in group]
+                    raise ValueError(f"groups[{g}]: expected each tensor once, got {twice}")
         self.groups = tuple(GroupLayout.of(i, table) for i, table in enumerate(tables))
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(
@@ -81,36 +118,6 @@ class CacheLayout:
         self.leaves_stale = np.array(
             [[any(g.get(i, 0) < n for i, n in h.items()) for h in members] for g in members]
         )
-
-    @classmethod
-    def named(
-        cls,
-        kv_caches: Sequence[torch.Tensor] | Mapping[str, torch.Tensor],
-        blocks_per_chunk: int = 1,
-        groups: Sequence[Sequence[int | str]] | None = None,
-    ) -> CacheLayout:
-        """The layout of a list of tensors, or of a dict of them by name.
-
-        `groups[g]`: the tensors of the group, by index (list) or name (dict), with whole pages.
-        """
-        if isinstance(kv_caches, torch.Tensor):
-            raise ValueError("kv_caches: expected a list or dict of tensors, got one tensor")
-        names: Sequence[int | str] = range(len(kv_caches))
-        tensors = list(kv_caches.values() if isinstance(kv_caches, Mapping) else kv_caches)
-        if isinstance(kv_caches, Mapping):
-            names = list(kv_caches)
-        if groups is None:
-            return cls(tensors, blocks_per_chunk)
-        index = {name: i for i, name in enumerate(names)}
-        refs: list[list[tuple[int, int]]] = []
-        for position, group in enumerate(groups):
-            unknown = [member for member in group if member not in index]
-            if unknown:
-                raise ValueError(
-                    f"groups[{position}]: expected members of {list(index)}, got {unknown[0]!r}"
-                )
-            refs.append([(index[member], tensors[index[member]][0].nbytes) for member in group])
-        return cls(tensors, blocks_per_chunk, refs)
 
     def plan(
         self,
@@ -225,3 +232,21 @@ class GroupRun(NamedTuple):
         span = self.group.table.blocks_per_chunk
         ends = {0, len(self.slot_ids) - 1}
         return [chunk for chunk in sorted(ends) if self.blocks_of_chunk(chunk) != (0, span)]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """The members of an argument that lists them; not of a string, nor the keys of a dict."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list, got {values!r}")
+    return list(values)
+
+
+def _members(name: str, group: Any, index: Mapping[int | str, int]) -> list[int]:
+    """The tensors that a group names, by their indices."""
+    found = []
+    for member in _listed(name, group):
+        named = isinstance(member, str | int | np.integer) and not isinstance(member, bool)
+        if not named or member not in index:  # True would be found where 1 is
+            raise ValueError(f"{name}: expected members of {list(index)}, got {member!r}")
+        found.append(index[member])
+    return found
