@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from gated import GatedDevice
 import triton_offload.offloader as offloader_module
 from triton_offload import KVOffloader, ledger
 from triton_offload.job import TransferFailedError
-from triton_offload.specs import TransferStatus
+from triton_offload.specs import TransferResult, TransferStatus
 from triton_offload.transfer.pipeline import PipelineOptions
 
 BLOCK = 64
@@ -107,17 +108,20 @@ def test_a_job_that_follows_another_ends_with_it_and_fails_with_it(device):
         device.fail_running.clear()
         second = offloader.store([b"a", b"b"], [1, 2])
         third = offloader.store([b"b", b"c"], [2, 3])
+        alone = offloader.store([b"a"], [1])  # moves nothing itself
+        assert not alone.done
         with pytest.raises(TimeoutError):
             second.wait(0.05)
         device.gate.set()
         with pytest.raises(TransferFailedError, match="injected"):
             first.wait(60)
-        with pytest.raises(TransferFailedError, match="injected"):
-            second.wait(60)
+        for job in (second, alone):
+            with pytest.raises(TransferFailedError, match="injected"):
+                job.wait(60)
         # Of the second job it needs what that one moved itself, and that has landed.
         assert third.wait(60).success
         assert [offloader.lookup([key]) for key in (b"a", b"b", b"c")] == [0, 1, 1]
-        assert sorted(r.job_id for r in offloader.get_finished()) == [1, 2, 3]
+        assert sorted(r.job_id for r in offloader.get_finished()) == [1, 2, 3, 4]
         offloader._check()
 
 
@@ -242,7 +246,11 @@ def test_a_stream_waits_for_both_runs_of_a_store(device):
         job = offloader.store([b"a"], [10, 11, 12])
         assert not job.source_released
         engine = device.new_stream("engine")
+        followed, wait_on = [], offloader._queue.wait_on
+        offloader._queue.wait_on = lambda *args: followed.append(args[0]) or wait_on(*args)
         job.wait_on(engine)
+        assert set(followed) == offloader._ledger.entry_of(job).transfers
+        assert len(followed) == 2
         engine.queue.put(lambda: kv[10:13].fill_(0xEE))
         overwritten = device.new_event()
         device.record(overwritten, engine)
@@ -324,6 +332,123 @@ def test_results_that_nobody_takes_are_bounded(device, monkeypatch):
         assert [r.job_id for r in offloader.get_finished()] == list(range(13, 21))
         assert offloader.get_finished() == []
         assert offloader.stats().store.jobs == 20
+
+
+def store_in_two_runs(offloader: KVOffloader):
+    """A store of one chunk of three blocks whose middle is there already."""
+    offloader.store([b"a"], [11], first_block=1).wait(60)
+    offloader._pool.device.gate.clear()
+    return offloader.store([b"a"], [10, 11, 12])
+
+
+def test_pages_are_released_when_both_runs_have_read_them(device):
+    with offloader_on(device, pages(), 8, blocks_per_chunk=3) as offloader:
+        job = store_in_two_runs(offloader)
+        assert not job.source_released
+        device.gate.set()
+        job.wait(60)
+        assert job.source_released
+    with offloader_on(device, pages(), 8, blocks_per_chunk=3, options=None) as offloader:
+        job = store_in_two_runs(offloader)
+        first, second = sorted(offloader._ledger.entry_of(job).transfers)
+        released = offloader._queue.source_released
+        offloader._queue.source_released = lambda transfer: transfer == first
+        assert not job.source_released
+        offloader._queue.source_released = lambda transfer: transfer == second
+        assert not job.source_released
+        offloader._queue.source_released = released
+
+
+def test_a_store_in_two_runs_counts_the_bytes_of_both(device):
+    with offloader_on(device, pages(), 8, blocks_per_chunk=3) as offloader:
+        job = store_in_two_runs(offloader)
+        device.gate.set()
+        assert job.wait(60).num_bytes == 2 * BLOCK
+
+
+def test_a_store_of_which_a_part_has_ended_is_not_cancelled(device):
+    with offloader_on(device, pages(), 8, blocks_per_chunk=3) as offloader:
+        offloader.store([b"a"], [11], first_block=1).wait(60)
+        device.gate.clear()
+        job = offloader.store([b"a"], [10, 11, 12])
+        entry = offloader._ledger.entry_of(job)
+        first, second = sorted(entry.transfers)
+        # As where the first run has ended and the second waits behind others in the backlog.
+        entry.parts.append(TransferResult(first, TransferStatus.SUCCESS, BLOCK))
+        offloader._queue.cancel_together = lambda ids: True
+        assert not offloader.cancel(job)
+        entry.parts.clear()
+        del offloader._queue.cancel_together
+        assert second in entry.transfers
+        device.gate.set()
+        assert job.wait(60).success
+
+
+def test_cancelled_means_that_nothing_had_started():
+    success = TransferResult(1, TransferStatus.SUCCESS, 5)
+    cancelled = TransferResult(2, TransferStatus.CANCELLED)
+    failed = TransferResult(3, TransferStatus.FAILED, error=OSError())
+    assert ledger.failure([success]) is None
+    assert ledger.failure([cancelled, cancelled]).status is TransferStatus.CANCELLED
+    assert ledger.failure([cancelled, failed, success]) is failed
+    half = ledger.failure([success, cancelled])
+    assert half.status is TransferStatus.FAILED
+    assert "a part of the job was cancelled" in str(half.error)
+
+
+def test_a_job_is_not_reported_before_its_own_bytes_have_landed(device):
+    with offloader_on(device, pages()) as offloader:
+        device.gate.clear()
+        first = offloader.store([b"a"], [1])
+        second = offloader.store([b"a", b"b"], [1, 2])
+        (transfer,) = offloader._ledger.entry_of(second).transfers
+        with offloader._lock:  # the first ends, and the second has not
+            entry = offloader._ledger.entry_of(first)
+            ended = TransferResult(min(entry.transfers), TransferStatus.SUCCESS, BLOCK)
+            assert offloader._ledger.take(ended) is entry
+            offloader._complete(entry)
+            offloader._ledger._cancelled.add(ended.job_id)  # its real result is for nobody
+        assert first.done
+        assert not second.done
+        assert transfer in offloader._ledger.entry_of(second).transfers
+        device.gate.set()
+        assert second.wait(60).success
+
+
+def test_a_handle_learns_of_its_end_when_it_is_asked(device):
+    with offloader_on(device, pages()) as offloader:
+        job = offloader.store([b"a"], [1])
+        offloader._queue.wait(offloader._ledger.entry_of(job).transfers, 60)
+        assert job.done
+
+
+def test_a_wait_that_times_out_says_so_and_can_be_tried_again(device):
+    with offloader_on(device, pages()) as offloader:
+        device.gate.clear()
+        job = offloader.store([b"a"], [1])
+        opened = threading.Timer(5.0, device.gate.set)
+        opened.start()
+        with pytest.raises(TimeoutError):
+            job.wait(0.01)
+        opened.cancel()
+        device.gate.set()
+        assert job.wait(60).success
+
+
+def test_a_lookup_alone_makes_what_has_landed_visible(device):
+    with offloader_on(device, pages()) as offloader:
+        job = offloader.store([b"a"], [1])
+        offloader._queue.wait(offloader._ledger.entry_of(job).transfers, 60)
+        assert offloader.lookup([b"a"]) == 1
+
+
+def test_a_store_of_known_keys_counts_as_a_use(device):
+    with offloader_on(device, pages(), 2) as offloader:
+        for i, key in enumerate((b"a", b"b")):
+            offloader.store([key], [i]).wait(60)
+        assert offloader.store([b"a"], [0]).wait(60).num_bytes == 0
+        offloader.store([b"c"], [2]).wait(60)
+        assert [offloader.lookup([key]) for key in (b"a", b"b", b"c")] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
     {"kernels.arguments"},  # numpy alone
-    {"version", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
+    {"version", "process_lock", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
     {"transfer.closing", "transfer.options"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"device.host", "device.cuda"},
     {"device"},
     {"pool.host_pool", "transfer.layout"},
-    {"transfer.staging", "transfer.ranges", "transfer.contents"},
+    {"transfer.staging", "transfer.ranges", "transfer.contents", "transfer.slot_order"},
     {"transfer.paths"},
     {"transfer.lane"},
     {"transfer.pipeline"},
@@ -44,6 +44,7 @@ LAYERS = [
     {"tuning.machine"},
     {"tuning.calibrate"},
     {"job", "doctor.facts"},
+    {"ledger"},
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker"},

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import threading
-import time
+import operator
+import reprlib
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 from triton_offload.calibration import Calibration, Path
 from triton_offload.pool.host_pool import HostPool
+from triton_offload.process_lock import ProcessLock
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -21,26 +22,34 @@ from triton_offload.specs import (
 )
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.slot_order import SlotOrder
 from triton_offload.transfer.worker import (
     DeviceWorker,
     FunctionWorker,
     OffloadingWorker,
     TransferFunction,
+    check_function,
+    check_num_threads,
+    deadline_after,
+    seconds_until,
 )
 
 
 class OffloadingQueueManager:
     """Routes transfers by the types of their specs. Every method may be called from any thread.
 
-    A job id is drawn here and belongs to one job for the manager's life.
+    A job id is drawn here and belongs to one job for the manager's life. In a child after `fork`
+    every call raises RuntimeError, for the threads that move the bytes are not there; `shutdown`
+    does nothing then.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ProcessLock("queue manager")
         self._ids = itertools.count(1)
         self._workers: dict[tuple[type, type], OffloadingWorker] = {}
         self._worker_of: dict[int, OffloadingWorker] = {}  # jobs not reported yet
         self._ended: list[TransferResult] = []  # got from a worker, not handed on yet
+        self._order = SlotOrder()
         self._closed = False
 
     def register_worker(
@@ -48,14 +57,33 @@ class OffloadingQueueManager:
         src_cls: type[LoadStoreSpec],
         dst_cls: type[LoadStoreSpec],
         worker: OffloadingWorker | TransferFunction,
-        num_threads: int = 1,
+        num_threads: SupportsIndex = 1,
     ) -> None:
-        """Let `worker` move jobs from `src_cls` to `dst_cls`.
+        """Let `worker` move jobs from `src_cls` to `dst_cls`, subclasses of LoadStoreSpec.
 
-        A function is called as `worker(src_spec, dst_spec)` by `num_threads` threads (see
-        `FunctionWorker`). The manager shuts the worker down. Raises ValueError where that kind of
-        transfer has a worker already.
+        A function is called as `worker(src_spec, dst_spec)` by `num_threads` threads; what it
+        returns, and the order of its jobs with others on the same slots, see `FunctionWorker`. The
+        manager shuts the worker down.
+
+        Specs of subclasses find the worker too. Where several workers fit, the nearest class of
+        the source decides (in the order of its `__mro__`), then that of the destination.
+
+        Raises TypeError or ValueError for wrong arguments, and where that kind of transfer has a
+        worker already.
         """
+        for name, cls in (("src_cls", src_cls), ("dst_cls", dst_cls)):
+            if not isinstance(cls, type) or not issubclass(cls, LoadStoreSpec):
+                raise TypeError(
+                    f"{name}: expected a subclass of LoadStoreSpec, got {reprlib.repr(cls)}"
+                )
+        number = check_num_threads(num_threads)
+        if not isinstance(worker, OffloadingWorker):
+            check_function("worker", worker)
+        elif number != 1:
+            raise ValueError(
+                f"num_threads: expected it beside a function only, got {number} beside a "
+                f"{type(worker).__name__}, which has threads of its own"
+            )
         kind = (src_cls, dst_cls)
         with self._lock:
             self._check_open()
@@ -65,7 +93,11 @@ class OffloadingQueueManager:
                     f"{src_cls.__name__} to {dst_cls.__name__}"
                 )
             if not isinstance(worker, OffloadingWorker):
-                worker = FunctionWorker(worker, num_threads)
+                worker = FunctionWorker(worker, number)
+            if isinstance(worker, FunctionWorker):
+                worker.share_order(self._order)
+            elif isinstance(worker, DeviceWorker):
+                self._order.waits_for_device.append(worker.wait_for_slots)
             self._workers[kind] = worker
 
     def transfer_async(
@@ -76,22 +108,28 @@ class OffloadingQueueManager:
         expedited: bool = False,
         stream: Any = None,
     ) -> int:
-        """Submit a job and return its id. Raises, with nothing queued, what is wrong with it."""
+        """Submit a job and return its id. Raises, with nothing queued, what is wrong with it.
+
+        A device's job is refused where a function's job on the same slots has to end first (see
+        `FunctionWorker`): RuntimeError.
+        """
         with self._lock:
             self._check_open()
-            worker = self._workers.get((type(src_spec), type(dst_spec)))
-            if worker is None:
-                raise ValueError(
-                    f"src_spec, dst_spec: expected a kind of transfer with a registered worker, "
-                    f"got {type(src_spec).__name__} to {type(dst_spec).__name__}"
-                )
+            worker = self._worker_for(type(src_spec), type(dst_spec))
             job_id = next(self._ids)
             self._worker_of[job_id] = worker
         try:
-            worker.transfer_async(job_id, src_spec, dst_spec, expedited=expedited, stream=stream)
+            with (
+                self._order.device_job(src_spec, dst_spec)
+                if isinstance(worker, DeviceWorker)
+                else nullcontext()
+            ):
+                worker.transfer_async(
+                    job_id, src_spec, dst_spec, expedited=expedited, stream=stream
+                )
         except BaseException:
             with self._lock:
-                del self._worker_of[job_id]
+                self._worker_of.pop(job_id, None)
             raise
         return job_id
 
@@ -100,7 +138,7 @@ class OffloadingQueueManager:
         with self._lock:
             if self._closed:
                 return []
-            workers = list(self._workers.values())
+            workers = self._distinct_workers()
         for worker in workers:
             ended = worker.get_finished()
             with self._lock:  # at once: where the next worker raises, these are for the next call
@@ -111,16 +149,16 @@ class OffloadingQueueManager:
                 self._worker_of.pop(result.job_id, None)
         return results
 
-    def wait(self, job_ids: Iterable[int], timeout: float | None = None) -> None:
+    def wait(self, job_ids: Iterable[SupportsIndex], timeout: float | None = None) -> None:
         """Block until these jobs have ended. Ids that are unknown or reported are ignored.
 
         Results stay to be got. Raises TimeoutError, never returns early.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         for worker, ids in self._by_worker(job_ids):
-            worker.wait(ids, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            worker.wait(ids, seconds_until(deadline))
 
-    def cancel(self, job_ids: Iterable[int]) -> set[int]:
+    def cancel(self, job_ids: Iterable[SupportsIndex]) -> set[int]:
         """Take back the jobs that have not started and return their ids; they are reported as
         cancelled."""
         taken: set[int] = set()
@@ -128,7 +166,7 @@ class OffloadingQueueManager:
             taken |= worker.cancel(ids)
         return taken
 
-    def cancel_together(self, job_ids: Iterable[int]) -> bool:
+    def cancel_together(self, job_ids: Iterable[SupportsIndex]) -> bool:
         """Take back all of these jobs of one worker, or none where one of them has started.
 
         Raises ValueError for jobs of several workers.
@@ -138,46 +176,68 @@ class OffloadingQueueManager:
             raise ValueError(f"job_ids: expected jobs of one worker, got {len(groups)} workers'")
         return all(worker.cancel_together(ids) for worker, ids in groups)
 
-    def source_released(self, job_id: int) -> bool:
+    def source_released(self, job_id: SupportsIndex) -> bool:
         """Whether the engine may use the job's pages again."""
-        return all(
-            worker.source_released(job_id)
-            for worker, _ in self._by_worker([job_id])
-            if isinstance(worker, DeviceWorker)
-        )
+        return all(worker.source_released(i) for worker, (i,) in self._by_worker([job_id]))
 
-    def wait_on(self, job_id: int, stream: Any) -> None:
-        """Let `stream` follow the release of the job's pages, without the host."""
-        for worker, _ in self._by_worker([job_id]):
-            if isinstance(worker, DeviceWorker):
-                worker.wait_on(job_id, stream)
+    def wait_on(self, job_id: SupportsIndex, stream: Any) -> None:
+        """Let `stream` follow the release of the job's pages: a device's job without the host,
+        another's by blocking until it has ended."""
+        for worker, (i,) in self._by_worker([job_id]):
+            worker.wait_on(i, stream)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Cancel what has not started, drain the rest, join every thread. Idempotent.
 
-        Results that nobody got are gone. Raises TimeoutError where a device does not finish. What
-        one worker raises is raised when the others are shut down too.
+        Results that nobody got are gone. Raises TimeoutError where that takes longer than `timeout`
+        in all. What one worker raises is raised when the others are shut down too; a later call
+        tries all of them again. Does nothing in a child after `fork`.
         """
+        if self._lock.foreign:
+            return
         with self._lock:
             self._closed = True
-            workers = list(self._workers.values())
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def shut_down(worker: OffloadingWorker) -> None:
-            worker.shutdown(None if deadline is None else max(0.0, deadline - time.monotonic()))
-
+            workers = self._distinct_workers()
+        deadline = deadline_after(timeout)
         with ExitStack() as rest:
             for worker in reversed(workers):
-                rest.callback(shut_down, worker)
-
-    def _by_worker(self, job_ids: Iterable[int]) -> list[tuple[OffloadingWorker, list[int]]]:
+                rest.callback(lambda worker: worker.shutdown(seconds_until(deadline)), worker)
         with self._lock:
-            groups: dict[OffloadingWorker, list[int]] = {}
-            for job_id in job_ids:
+            self._worker_of.clear()
+            self._ended.clear()
+
+    def _worker_for(self, src_cls: type, dst_cls: type) -> OffloadingWorker:
+        for src in src_cls.__mro__:
+            for dst in dst_cls.__mro__:
+                worker = self._workers.get((src, dst))
+                if worker is not None:
+                    return worker
+        raise ValueError(
+            f"src_spec, dst_spec: expected a kind of transfer with a registered worker, "
+            f"got {src_cls.__name__} to {dst_cls.__name__}"
+        )
+
+    def _distinct_workers(self) -> list[OffloadingWorker]:
+        """In the order of their registration; one may move several kinds."""
+        return list({id(worker): worker for worker in self._workers.values()}.values())
+
+    def _by_worker(
+        self, job_ids: Iterable[SupportsIndex]
+    ) -> list[tuple[OffloadingWorker, list[int]]]:
+        """The known ones among them, each once."""
+        try:
+            ids = dict.fromkeys(map(operator.index, job_ids))
+        except TypeError:
+            raise TypeError(
+                f"job_ids: expected an iterable of integers, got {reprlib.repr(job_ids)}"
+            ) from None
+        with self._lock:
+            groups: dict[int, tuple[OffloadingWorker, list[int]]] = {}
+            for job_id in ids:
                 worker = self._worker_of.get(job_id)
                 if worker is not None:
-                    groups.setdefault(worker, []).append(job_id)
-            return list(groups.items())
+                    groups.setdefault(id(worker), (worker, []))[1].append(job_id)
+            return list(groups.values())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -187,7 +247,7 @@ class OffloadingQueueManager:
         """Asserts that each device worker knows exactly the jobs that were handed to it."""
         with self._lock:
             owners = dict(self._worker_of)
-            workers = list(self._workers.values())
+            workers = self._distinct_workers()
         for worker in workers:
             if isinstance(worker, DeviceWorker):
                 worker._check()
@@ -210,6 +270,8 @@ def transfer_queue(
     names = [choice.value for choice in Path]
     if path != "auto" and path not in names:
         raise ValueError(f"path: expected one of {['auto', *names]}, got {path!r}")
+    if not isinstance(options, PipelineOptions | None):
+        raise TypeError(f"options: expected PipelineOptions, got {reprlib.repr(options)}")
     if options is None:
         options = PipelineOptions(path=None if path == "auto" else Path(path))
         if calibration is not None:

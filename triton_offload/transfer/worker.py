@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import operator
+import reprlib
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
     GPULoadStoreSpec,
+    Ids,
     LoadStoreSpec,
     TransferResult,
     TransferStatus,
 )
 from triton_offload.transfer.lane import Job
 from triton_offload.transfer.pipeline import Pipeline
+from triton_offload.transfer.slot_order import SlotOrder, Turn
 
 
 class OffloadingWorker(ABC):
@@ -63,7 +71,22 @@ class OffloadingWorker(ABC):
 
     @abstractmethod
     def shutdown(self, timeout: float | None = None) -> None:
-        """Refuse new jobs, cancel what has not started, drain the rest. Idempotent."""
+        """Refuse new jobs, cancel what has not started, drain the rest. Idempotent.
+
+        Raises TimeoutError where that takes longer than `timeout` in all; a later call tries again.
+        """
+
+    def source_released(self, job_id: int) -> bool:
+        """Whether the engine may use the job's pages again: here, when it has ended."""
+        try:
+            self.wait([job_id], 0.0)
+        except TimeoutError:
+            return False
+        return True
+
+    def wait_on(self, job_id: int, stream: Any) -> None:
+        """Let a stream follow the release of the job's pages: here, by blocking the host."""
+        self.wait([job_id])
 
 
 class DeviceWorker(OffloadingWorker):
@@ -90,6 +113,7 @@ class DeviceWorker(OffloadingWorker):
         if not isinstance(host_spec, CPULoadStoreSpec):
             raise TypeError(f"expected a CPULoadStoreSpec, got {type(host_spec).__name__}")
         with self._lock:  # a job that ends at once must not be looked for before it is noted
+            check_new(job_id, self._jobs)
             self._jobs[job_id] = self._pipeline.submit(
                 job_id,
                 self._direction,
@@ -104,21 +128,35 @@ class DeviceWorker(OffloadingWorker):
             results = []
             for job in self._pipeline.take_finished(self._direction):
                 assert job.result is not None
-                results.append(job.result)
-                del self._jobs[job.job_id]
+                # Where submitting it was interrupted, its caller knows of no job.
+                if self._jobs.pop(job.job_id, None) is not None:
+                    results.append(job.result)
             return results
 
     def wait(self, job_ids: Iterable[int], timeout: float | None = None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        now = self._pipeline._device.monotonic  # the clock that the pipeline waits by
+        deadline = None if timeout is None else now() + timeout
         for job in self._known(job_ids):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline - now())
             self._pipeline.wait(job, left)
+
+    def wait_for_slots(self, slot_ids: Ids, *, writing: bool) -> None:
+        """Block until the jobs submitted so far that write these slots of the pool have ended,
+        and where `writing` those that read them too."""
+        pipeline = self._pipeline
+        known = slot_ids[(slot_ids >= 0) & (slot_ids < pipeline._num_slots)]
+        with pipeline._lock:
+            jobs = pipeline._order_on_slots("store" if writing else "load", known)
+        for job in jobs:
+            pipeline.wait(job)
 
     def cancel(self, job_ids: Iterable[int]) -> set[int]:
         return {job.job_id for job in self._known(job_ids) if self._pipeline.cancel(job)}
 
     def cancel_together(self, job_ids: Iterable[int]) -> bool:
-        return self._pipeline.cancel_all(self._known(job_ids))
+        ids = list(job_ids)
+        jobs = self._known(ids)
+        return len(jobs) == len(ids) and self._pipeline.cancel_all(jobs)
 
     def source_released(self, job_id: int) -> bool:
         """Whether the engine may use the job's pages again (a reported job's: yes)."""
@@ -142,28 +180,68 @@ class DeviceWorker(OffloadingWorker):
             assert self._jobs.keys() == known
 
     def _known(self, job_ids: Iterable[int]) -> list[Job]:
+        ids = list(job_ids)
         with self._lock:
-            return [self._jobs[job_id] for job_id in job_ids if job_id in self._jobs]
+            return [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
 
 
-TransferFunction = Callable[[Any, Any], int | None]
+TransferFunction = Callable[[Any, Any], int | bool | None]
+
+
+@dataclass(slots=True, eq=False)
+class _FunctionJob:
+    job_id: int
+    src: LoadStoreSpec
+    dst: LoadStoreSpec
+    turn: Turn
+    started: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 class FunctionWorker(OffloadingWorker):
     """Runs `function(src_spec, dst_spec)` on threads: how a medium of your own is added.
 
-    The function moves the bytes and returns how many; what it raises ends its job as failed, with
-    the exception in the result, and the thread goes on.
+    The function moves the bytes and returns how many. True and None are a success of which nobody
+    counted the bytes; False is a failure. Anything else that it returns, and what it raises, ends
+    its job as failed, with the exception in the result, and the thread goes on. A function must not
+    shut its own worker down, nor wait for its own job.
+
+    Jobs start in the order of their submission, up to `num_threads` at a time. Of those that use
+    the same slots of the pool (CPULoadStoreSpec, on either side) in one queue manager:
+
+    * A function that reads slots starts when the jobs submitted before it that write any of them
+      have ended; one that writes slots, when those have ended that read them, too. That holds for
+      jobs of the device and of functions. It is order and no more: whether the bytes are good that
+      an earlier job was to leave there, that job's result says.
+    * A device's job is refused (RuntimeError, nothing queued) while a function's job that has not
+      ended writes one of its slots, or, if it is a store, reads one. Wait for that job first: the
+      streams of a device do not stand still for a function.
+
+    Pages (GPULoadStoreSpec) have no such order: a function that touches them waits for the engine
+    itself, and the pages are its own until its job has ended. Nor have jobs that a worker of
+    another class moves.
     """
 
     def __init__(self, function: TransferFunction, num_threads: int = 1) -> None:
-        if num_threads < 1:
-            raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+        check_function("function", function)
         self._function = function
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="triton-offload-fn")
+        self._threads = ThreadPoolExecutor(
+            check_num_threads(num_threads), thread_name_prefix="triton-offload-fn"
+        )
+        self._order, self._shares = SlotOrder(), False
         self._lock = threading.Lock()
-        self._futures: dict[int, Future[TransferResult]] = {}
+        self._idle = threading.Condition(self._lock)
+        self._busy: set[int] = set()  # threads that have a job
+        self._jobs: dict[int, _FunctionJob] = {}  # not ended yet
+        self._ended: list[TransferResult] = []  # not reported yet
         self._closed = False
+
+    def share_order(self, order: SlotOrder) -> None:
+        """Keep the order of slots together with all who share it, from the next job on."""
+        with self._lock:
+            if self._shares and order is not self._order:
+                raise ValueError("worker: expected one that no other queue manager has")
+            self._order, self._shares = order, True
 
     def transfer_async(
         self,
@@ -174,51 +252,149 @@ class FunctionWorker(OffloadingWorker):
         expedited: bool = False,
         stream: Any = None,
     ) -> None:
-        with self._lock:
+        with self._lock:  # threads take jobs up in the order in which they entered
             if self._closed:
                 raise RuntimeError("the worker is shut down")
-            self._futures[job_id] = self._threads.submit(self._run, job_id, src, dst)
+            check_new(job_id, self._jobs)
+            job = _FunctionJob(job_id, src, dst, self._order.enter(job_id, src, dst))
+            self._jobs[job_id] = job
+            try:
+                self._threads.submit(self._run, job)
+            except BaseException:
+                # A pool that could not start a thread keeps what it was given: `_run` passes by.
+                del self._jobs[job_id]
+                job.turn.leave()
+                raise
 
     def get_finished(self) -> list[TransferResult]:
         with self._lock:
-            done = [job_id for job_id, future in self._futures.items() if future.done()]
-            return [_result(job_id, self._futures.pop(job_id)) for job_id in done]
+            results, self._ended = self._ended, []
+            return results
 
     def wait(self, job_ids: Iterable[int], timeout: float | None = None) -> None:
+        deadline = deadline_after(timeout)
+        ids = list(job_ids)
         with self._lock:
-            futures = [self._futures[job_id] for job_id in job_ids if job_id in self._futures]
-        if wait_for_futures(futures, timeout).not_done:
-            raise TimeoutError(f"the jobs were not done within {timeout} s")
+            jobs = [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
+        for job in jobs:
+            if not job.ended.wait(seconds_until(deadline)):
+                raise TimeoutError(f"job {job.job_id} was not done within {timeout} s")
 
     def cancel(self, job_ids: Iterable[int]) -> set[int]:
+        ids = list(job_ids)
         with self._lock:
-            known = [job_id for job_id in job_ids if job_id in self._futures]
-            return {job_id for job_id in known if self._futures[job_id].cancel()}
+            return {job_id for job_id in ids if self._cancel(job_id)}
 
     def shutdown(self, timeout: float | None = None) -> None:
         with self._lock:
+            if threading.get_ident() in self._busy:
+                raise RuntimeError("the worker can't be shut down by its own function")
             self._closed = True
-            futures = list(self._futures.values())
+            for job_id in list(self._jobs):
+                self._cancel(job_id)
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if wait_for_futures(futures, timeout).not_done:
-            raise TimeoutError(f"functions still run after {timeout} s")
+        left = seconds_until(deadline_after(timeout))
+        with self._idle:
+            if not self._idle.wait_for(lambda: not self._busy, left):
+                raise TimeoutError(f"functions still run after {timeout} s")
         self._threads.shutdown(wait=True)
 
-    def _run(self, job_id: int, src: LoadStoreSpec, dst: LoadStoreSpec) -> TransferResult:
+    def _run(self, job: _FunctionJob) -> None:
+        """On a thread of the pool; raises nothing."""
+        thread = threading.get_ident()
         with self._lock:
-            # A pool that could not start a thread raised, and kept what it was given.
-            if job_id not in self._futures:
-                return TransferResult(job_id, TransferStatus.CANCELLED)
-        start = time.perf_counter()
+            self._busy.add(thread)
+        result = self._call(job)
+        with self._lock:
+            if self._jobs.get(job.job_id) is job:
+                self._end(job, result)
+            self._busy.discard(thread)
+            self._idle.notify_all()
+
+    def _call(self, job: _FunctionJob) -> TransferResult:
         try:
-            num_bytes = self._function(src, dst) or 0
+            job.turn.wait()
+            with self._lock:  # it may have been cancelled, or refused for want of a thread
+                job.started = self._jobs.get(job.job_id) is job
+            if not job.started:
+                return TransferResult(job.job_id, TransferStatus.CANCELLED)
+            start = time.perf_counter()
+            num_bytes = bytes_moved(self._function(job.src, job.dst))
+            seconds = time.perf_counter() - start
+            return TransferResult(job.job_id, TransferStatus.SUCCESS, num_bytes, seconds)
         except BaseException as error:  # the job's, not the thread's
-            return TransferResult(job_id, TransferStatus.FAILED, error=error)
-        seconds = time.perf_counter() - start
-        return TransferResult(job_id, TransferStatus.SUCCESS, num_bytes, seconds)
+            return TransferResult(job.job_id, TransferStatus.FAILED, error=error)
+
+    # -- under the lock --
+
+    def _cancel(self, job_id: int) -> bool:
+        job = self._jobs.get(job_id)
+        if job is None or job.started:
+            return False
+        self._end(job, TransferResult(job_id, TransferStatus.CANCELLED))
+        return True
+
+    def _end(self, job: _FunctionJob, result: TransferResult) -> None:
+        job.turn.leave()  # first: who has waited for the job may use its slots
+        del self._jobs[job.job_id]
+        self._ended.append(result)
+        job.ended.set()
 
 
-def _result(job_id: int, future: Future[TransferResult]) -> TransferResult:
-    if future.cancelled():
-        return TransferResult(job_id, TransferStatus.CANCELLED)
-    return future.result()
+def bytes_moved(returned: object) -> int:
+    """What a function's job has moved, by what it returned; raises where it failed."""
+    if returned is None:
+        return 0
+    if isinstance(returned, bool | np.bool_):
+        if not returned:
+            raise RuntimeError("the function returned False: it did not move the bytes")
+        return 0
+    if isinstance(returned, int | np.integer) and operator.index(returned) >= 0:
+        return operator.index(returned)
+    raise TypeError(
+        f"worker: expected a function that returns a number of bytes, True, False or None, "
+        f"got {reprlib.repr(returned)}"
+    )
+
+
+def check_function(name: str, function: object) -> None:
+    """Raises TypeError unless a thread can call it for its result."""
+    if isinstance(function, type) and issubclass(function, OffloadingWorker):
+        raise TypeError(
+            f"{name}: expected an instance, got the class {function.__name__}; "
+            f"pass {function.__name__}(...)"
+        )
+    if isinstance(function, type) or not callable(function):
+        raise TypeError(
+            f"{name}: expected an OffloadingWorker or a function (src_spec, dst_spec) -> bytes, "
+            f"got {reprlib.repr(function)}"
+        )
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name}: expected a function that blocks, got the coroutine {function!r}")
+
+
+def check_num_threads(num_threads: SupportsIndex) -> int:
+    try:
+        number = operator.index(num_threads)
+    except TypeError:
+        number = 0
+    if isinstance(num_threads, bool) or number < 1:
+        raise ValueError(
+            f"num_threads: expected an integer of at least 1, got {reprlib.repr(num_threads)}"
+        )
+    return number
+
+
+def check_new(job_id: int, jobs: dict[int, Any]) -> None:
+    if job_id in jobs:
+        raise ValueError(f"job_id: expected one that no job under way has, got {job_id}")
+
+
+def deadline_after(timeout: float | None) -> float:
+    return math.inf if timeout is None else time.monotonic() + timeout
+
+
+def seconds_until(deadline: float) -> float | None:
+    """What is left, never below 0; None for ever."""
+    left = max(0.0, deadline - time.monotonic())
+    return None if left > threading.TIMEOUT_MAX else left
