@@ -252,3 +252,39 @@ def test_a_key_that_is_being_stored_is_pending_and_its_second_store_waits_for_th
             assert second.wait().num_bytes == 0
             assert first.done
             assert e.loaded() == [1, 2, 3]
+
+
+def test_what_is_taken_back_after_a_reset_is_the_newer_job_and_not_the_older():
+    """Both are of one key, each of a chunk of its own: the older one's end stores nothing."""
+    for seed in SEEDS:
+        with engine(seed) as e:
+            e.device.faults.never_ends("copy")
+            older = e.offloader.store([KEY], range(3))
+            e.offloader.reset()
+            newer = e.offloader.store([KEY], range(3, 6))
+            assert e.offloader.cancel(newer)
+            e.offloader._check()
+            assert e.offloader.stats().num_pinned == 1, "the older one's slot is not held"
+            e.device.end_hung()
+            older.wait()
+            assert e.num_loadable() == 0, "bytes that nobody wrote"
+            assert e.offloader.stats().num_used == 0
+
+
+def test_a_load_that_is_taken_back_after_a_reset_unpins_itself_and_not_an_older_one():
+    for seed in SEEDS:
+        with engine(seed) as e:
+            e.offloader.store([KEY], range(3)).wait()
+            e.device.faults.never_ends("copy")
+            older = e.offloader.load([KEY], range(12, 15))
+            e.offloader.reset()
+            e.offloader.store([KEY], range(3, 6)).wait()
+            newer = e.offloader.load([KEY], range(15, 18))
+            assert e.offloader.cancel(newer)
+            manager = e.offloader._manager
+            assert not manager._loading, "a load that will never end holds its chunk"
+            assert manager.num_pinned == 1, "the older one's slot is not held"
+            e.device.end_hung()
+            older.wait()
+            assert manager.num_pinned == 0
+            assert e.pages[12:15, 0].tolist() == [1, 2, 3]
