@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from clients import Client
 from model_world import Setting, World
-from soak import Counts, resources
+from soak import Counts, left_over, resources
 
 from triton_offload.calibration import Path
 from triton_offload.device.host import HostDevice
@@ -151,11 +151,8 @@ class Round:
         world.offloader._check()
         world.check_reported()
         world.pages.check_all()
-        offloader = world.offloader
-        for name in ("_jobs", "_waiting", "_storing", "_finished"):
-            left = getattr(offloader, name)
-            assert not left, f"{name}: {len(left)} are left of jobs that ended"
-        assert offloader.stats().num_pinned == 0
+        assert not any(left_over(world).values()), left_over(world)
+        assert world.offloader.stats().num_pinned == 0
 
 
 def grown(start: Counts, end: Counts) -> list[str]:

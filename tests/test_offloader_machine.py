@@ -72,7 +72,7 @@ class OffloaderMachine(RuleBasedStateMachine):
 
     def call_of(self, i: int) -> float | None:
         """What another thread does next, where the first one blocks. It holds no lock then."""
-        assert not self.world.offloader._lock._is_owned(), "blocks with the lock held"
+        assert not self.world.offloader._lock._lock._is_owned(), "blocks with the lock held"
         if not self.calls_left[i]:
             return None
         self.calls_left[i] -= 1
