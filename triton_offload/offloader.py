@@ -426,7 +426,7 @@ class KVOffloader:
 
     def _complete(self, entry: Entry) -> None:
         """Nothing that a job moves itself is under way any more."""
-        # A job that is taken back may end before an older one of the same keys, from before a reset.
+        # One that is taken back may end before an older one of its keys, from before a reset.
         latest = entry.resets == self._resets
         if entry.job.direction is Direction.LOAD:
             self._manager.complete_load(entry.keys, latest=latest)
