@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from model_world import Bytes, Span, World
+import numpy as np
+import torch
+from model_world import Bytes, Offer, Span, World
 
 from triton_offload.job import OffloadJob, TransferFailedError
 from triton_offload.offloader import PoolFullError
@@ -16,6 +20,50 @@ from triton_offload.testing import InjectedError
 
 NOT_THERE = (UnknownKeyError, PendingKeyError, UnwrittenBlocksError)
 HOWS = ("wait", "timeout", "poll", "released", "wait_on")
+
+
+class Arguments:
+    """What an engine gives in call after call: one block table and one list of keys, written anew
+    for each. When a call returns they are overwritten, for they are the caller's again."""
+
+    KINDS = ("array", "tensor", "int32", "list")
+    NOBODYS = (10**9, -1, 1 << 62)  # ids of no block: who reads one crashes, or fails its job
+
+    def __init__(self, rng: random.Random, num_blocks: int) -> None:
+        self._rng = rng
+        self._num_blocks = num_blocks
+        # An array may be shared by mistake, so may a tensor; the others only test the kind.
+        self.kind = rng.choices(self.KINDS, (6, 2, 1, 1))[0]
+        self._ids = np.zeros(num_blocks, dtype=np.int32 if self.kind == "int32" else np.int64)
+        self._tensor = torch.from_numpy(self._ids)
+        self._list: list[int] = []
+        self._keys: list[bytes] = []
+
+    @contextmanager
+    def given(
+        self, keys: Sequence[bytes], blocks: Sequence[int] = ()
+    ) -> Iterator[tuple[list[bytes], Any]]:
+        """The keys and ids to call with."""
+        count = len(blocks)
+        self._keys[:], self._list[:] = keys, blocks
+        self._ids[:count] = blocks
+        ids: Any = self._ids[:count]
+        if self.kind in ("list", "tensor"):
+            ids = self._list if self.kind == "list" else self._tensor[:count]
+        try:
+            yield self._keys, ids
+        finally:
+            self._spoil(count)
+
+    def _spoil(self, count: int) -> None:
+        rng = self._rng
+        if rng.random() < 0.2:
+            others = [rng.choice(self.NOBODYS)] * count
+        else:
+            others = [rng.randrange(self._num_blocks) for _ in range(count)]
+        self._list[:] = others
+        self._ids[:count] = np.array(others, dtype=np.int64).astype(self._ids.dtype)
+        self._keys[:] = [b"nobody's"] * rng.randrange(len(self._keys) + 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +77,8 @@ class Flight:
     alone: list[bool]  # by chunk: no other store of it was under way
     before: list[Bytes] = field(default_factory=list)
     compared: bool = False  # a load's pages were right
+    taken_back: bool = False  # `cancel` said yes
+    offered: list[Offer] = field(default_factory=list)  # by chunk, before this store
 
 
 class Client:
@@ -44,6 +94,7 @@ class Client:
         self.world = world
         self.rng = rng
         self.flights: list[Flight] = []
+        self.arguments = Arguments(rng, world.num_blocks)
         self._free = list(blocks)
         self._all = frozenset(blocks)
 
@@ -69,13 +120,10 @@ class Client:
             return
         world.pages.poison(blocks)  # what the load leaves out is seen
         try:
-            job = world.offloader.load(
-                world.content.keys(there),
-                blocks,
-                first_block=there.first,
-                group=there.group,
-                expedited=expedited,
-            )
+            with self.arguments.given(world.content.keys(there), blocks) as (keys, ids):
+                job = world.offloader.load(
+                    keys, ids, first_block=there.first, group=there.group, expedited=expedited
+                )
         except (*NOT_THERE, InjectedError, RuntimeError) as error:
             self._free += blocks
             self._refused(error, there, may_miss=blindly or not world.exact)
@@ -104,14 +152,17 @@ class Client:
             self._end(flight)
 
     def cancel(self, flight: Flight) -> None:
+        """All of a job or none of it: what is answered shows at its end."""
         self.world.num_cancels += 1
-        taken = self.world.offloader.cancel(flight.job)
+        if self.world.offloader.cancel(flight.job):
+            flight.taken_back = True
         flight.job.done  # noqa: B018  # a question that may take results in
-        if taken and flight.job.done:
+        if flight.taken_back and flight.job.done:
             assert flight.job.result.status is TransferStatus.CANCELLED
 
     def touch(self, span: Span) -> None:
-        self.world.offloader.touch(self.world.content.keys(span), group=span.group)
+        with self.arguments.given(self.world.content.keys(span)) as (keys, _):
+            self.world.offloader.touch(keys, group=span.group)
 
     def reset(self) -> None:
         self.world.offloader.reset()
@@ -126,6 +177,15 @@ class Client:
         assert 0 <= stats.num_pinned <= stats.num_used <= self.world.setting.num_chunks
         self.world.take_events()
         self.world.collect()
+
+    def store_around(self, group: int, request: int, chunk: int) -> None:
+        """A chunk of which a middle block is stored already: what it lacks are two runs."""
+        size = self.world.setting.blocks_per_chunk
+        if size > 2:
+            self.store(Span(group, request, chunk * size + 1, 1))
+            for flight in self.flights[-1:]:
+                self.settle(flight, "wait")
+            self.store(Span(group, request, chunk * size, size))
 
     # -- several --
 
@@ -151,8 +211,12 @@ class Client:
         draw = rng.random()
         if flights and (draw < 0.35 or len(flights) >= self.MOST_FLIGHTS):
             self.settle(rng.choice(flights), rng.choice(HOWS))
-        elif draw < 0.6:
+        elif draw < 0.57:
             self.store(self.draw_known() if rng.random() < 0.3 else self.draw_span())
+        elif draw < 0.6:
+            span = self.draw_span()
+            size = self.world.setting.blocks_per_chunk
+            self.store_around(span.group, span.request, span.first // size)
         elif draw < 0.85:
             self.load(self.draw_known(), expedited=rng.random() < 0.5, blindly=rng.random() < 0.1)
         elif draw < 0.9 and flights:
@@ -188,9 +252,8 @@ class Client:
         world = self.world
         names = world.content.known_as(span)
         try:
-            job = world.offloader.store(
-                world.content.keys(span), blocks, first_block=span.first, group=span.group
-            )
+            with self.arguments.given(world.content.keys(span), blocks) as (keys, ids):
+                job = world.offloader.store(keys, ids, first_block=span.first, group=span.group)
         except (InjectedError, RuntimeError) as error:
             self._free += blocks
             self._refused(error, span, may_miss=False)
@@ -198,10 +261,11 @@ class Client:
         world.take_events()
         # A store of a key that another job is storing waits for that job, and adds nothing to it.
         alone = [world.storing[name] == 0 for name in names]
+        offered = world.known.offers(names) if world.exact else []
         since = world.known.submitted(names, world.content.masks(span)) if world.exact else 0
         world.storing.update(names)
         world.recent.append(span)
-        self._fly(Flight(job, span, blocks, since, alone))
+        self._fly(Flight(job, span, blocks, since, alone, offered=offered))
 
     def _fly(self, flight: Flight) -> None:
         self.world.accepted(flight.job.job_id)
@@ -254,13 +318,21 @@ class Client:
         self.flights.remove(flight)
         world.take_events()
         if result.status is TransferStatus.FAILED:
-            assert world.faulty, result.error
+            # A job that waits for another one's store of a chunk fails when that is taken back.
+            follows = "was cancelled" in str(result.error)
+            if world.exact:
+                follows = follows and not all(flight.alone)
+            assert world.faulty or follows or world.closing, result.error
             world.num_failed += 1
         elif result.status is TransferStatus.CANCELLED:
-            assert world.num_cancels or world.closing
+            assert flight.taken_back or world.closing
+        if flight.taken_back:
+            assert result.status is TransferStatus.CANCELLED
         if flight.job.direction is Direction.STORE:
             names = world.content.known_as(flight.span)
             world.storing.subtract(names)
+            if flight.taken_back and world.exact:
+                world.known.taken_back(names, flight.offered)
             if result.success and world.exact:
                 chunks = zip(names, world.content.masks(flight.span), flight.alone, strict=True)
                 sure = [(name, mask) for name, mask, alone in chunks if alone]

@@ -39,7 +39,9 @@ class Setting:
     num_chunks: int = 6
     num_requests: int = 4
     chunks_per_request: int = 5
-    window_chunks: int | None = None
+    window_chunks: float | None = None  # less than one: a block or two at a time
+    buffer_chunks: int = 1
+    max_indices: int = 1  # the least that it takes
 
     @property
     def block_bytes(self) -> int:
@@ -206,6 +208,14 @@ class Pages:
         return [self.tensors[tensor][block] for tensor in tensors for block in blocks]
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What could be loaded of a key at most, and how many stores had named it."""
+
+    blocks: int
+    num_stores: int
+
+
 class Known:
     """What is known of the pool from outside: what was stored, and which keys events took away.
 
@@ -217,6 +227,7 @@ class Known:
         self.held: dict[bytes, int] = {}
         self.now = 0
         self._gone: dict[bytes, int] = {}
+        self._num_stores: Counter[bytes] = Counter()
 
     def removed(self, keys: Sequence[bytes]) -> None:
         self.now += 1
@@ -228,8 +239,19 @@ class Known:
     def forget(self) -> None:
         self.removed(list(self.offered))
 
+    def offers(self, names: Sequence[bytes]) -> list[Offer]:
+        """What there is of these keys, for `taken_back`."""
+        return [Offer(self.offered.get(name, 0), self._num_stores[name]) for name in names]
+
+    def taken_back(self, names: Sequence[bytes], before: Sequence[Offer]) -> None:
+        """A store has stored nothing: what it offered nobody has, unless another did since."""
+        for name, offer in zip(names, before, strict=True):
+            if name in self.offered and self._num_stores[name] == offer.num_stores + 1:
+                self.offered[name] &= offer.blocks
+
     def submitted(self, names: Sequence[bytes], masks: Sequence[int]) -> int:
         """Returns the time, for `stored`."""
+        self._num_stores.update(names)
         for key, mask in zip(names, masks, strict=True):
             self.offered[key] = self.offered.get(key, 0) | mask
         return self.now
@@ -250,6 +272,7 @@ class World:
     def __init__(self, device: Any, setting: Setting, num_blocks: int) -> None:
         self.device = device
         self.setting = setting
+        self.num_blocks = num_blocks
         self.content = Content(setting)
         self.pages = Pages(device, setting, self.content, num_blocks)
         self.exact = isinstance(device, SimulatedDevice)
@@ -272,10 +295,10 @@ class World:
                 enable_events=True,
                 options=PipelineOptions(
                     path=setting.path,
-                    buffer_bytes=setting.slot_bytes,
+                    buffer_bytes=setting.buffer_chunks * setting.slot_bytes,
                     num_buffers=2,
-                    max_indices=1,  # the least that it takes
-                    window_bytes=window and window * setting.slot_bytes,
+                    max_indices=setting.max_indices,
+                    window_bytes=window and max(1, int(window * setting.slot_bytes)),
                 ),
                 device=device,
             )

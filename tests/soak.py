@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -62,6 +62,15 @@ class Part:
             self.done[name] = self.done.get(name, 0) + count
 
 
+def left_over(world: World) -> Counts:
+    """What an offloader knows of jobs, by the name of what holds it; nothing once all ended and
+    were reported."""
+    offloader = world.offloader
+    kept = {**vars(offloader._ledger), "_worker_of": offloader._queue._worker_of}
+    kept.pop("totals")
+    return {name: len(held) for name, held in kept.items() if isinstance(held, Sized)}
+
+
 def resources(world: World | None = None) -> Counts:
     """What this process holds, and a world in which nothing is under way."""
     gc.collect()
@@ -73,7 +82,7 @@ def resources(world: World | None = None) -> Counts:
         offloader = world.offloader
         offloader._check()
         slots = offloader.stats().num_pinned
-        waiting = len(offloader._jobs) + len(offloader._storing) + len(offloader._waiting)
+        waiting = sum(left_over(world).values())
     return {
         "memory, MiB": pages * os.sysconf("SC_PAGE_SIZE") >> 20,
         "threads": threading.active_count(),

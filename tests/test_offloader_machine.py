@@ -37,7 +37,7 @@ SETTINGS = st.builds(
     policy=st.sampled_from(("lru", "arc")),
     blocks_per_chunk=st.integers(1, 3),
     num_chunks=st.integers(4, 8),
-    window_chunks=st.none() | st.integers(1, 2),
+    window_chunks=st.sampled_from((None, 0.2, 1, 2)),
 )
 
 
@@ -72,7 +72,7 @@ class OffloaderMachine(RuleBasedStateMachine):
 
     def call_of(self, i: int) -> float | None:
         """What another thread does next, where the first one blocks. It holds no lock then."""
-        assert not self.world.offloader._lock._is_owned(), "blocks with the lock held"
+        assert not self.world.offloader._lock._lock._is_owned(), "blocks with the lock held"
         if not self.calls_left[i]:
             return None
         self.calls_left[i] -= 1
@@ -99,6 +99,15 @@ class OffloaderMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def store_again(self, data):
         self.first.store(data.draw(st.sampled_from(list(self.world.recent))))
+
+    @precondition(lambda self: self.world.setting.blocks_per_chunk > 2)
+    @rule(data=st.data(), how=st.sampled_from(("cancel", "wait_on", "released")))
+    def store_in_two_runs(self, data, how):
+        span = self.span(data)
+        chunk = span.first // self.world.setting.blocks_per_chunk
+        self.first.store_around(span.group, span.request, chunk)
+        for flight in self.first.flights[-1:]:
+            self.first.cancel(flight) if how == "cancel" else self.first.settle(flight, how)
 
     @precondition(lambda self: self.world.recent)
     @rule(data=st.data(), expedited=st.booleans())

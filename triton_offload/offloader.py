@@ -127,7 +127,7 @@ class KVOffloader:
         self._lock = ProcessLock("offloader")
         self._ids = itertools.count(1)
         self._ledger = JobLedger()
-        self._lookups = self._hits = self._evictions = 0
+        self._lookups = self._hits = self._evictions = self._resets = 0
         self._closed = False  # no new jobs
         self._finalizer = weakref.finalize(self, _dropped, os.getpid(), self._queue, self._pool)
         # At exit the device ends its threads by itself; draining them first may take long.
@@ -299,6 +299,7 @@ class KVOffloader:
         with self._lock:
             self._check_open()
             self._manager.reset()
+            self._resets += 1
 
     def stats(self) -> OffloadingStats:
         with self._lock:
@@ -406,7 +407,7 @@ class KVOffloader:
         return GPULoadStoreSpec(ids, sizes, [first] * count)
 
     def _entry(self, direction: Direction, keys: Iterable[Key]) -> Entry:
-        return Entry(OffloadJob(self, next(self._ids), direction), list(keys))
+        return Entry(OffloadJob(self, next(self._ids), direction), list(keys), self._resets)
 
     def _open(self, entry: Entry, follows: Iterable[Key] = ()) -> OffloadJob:
         self._ledger.open(entry, follows)
@@ -424,11 +425,13 @@ class KVOffloader:
 
     def _complete(self, entry: Entry) -> None:
         """Nothing that a job moves itself is under way any more."""
+        # One that is taken back may end before an older one of its keys, from before a reset.
+        latest = entry.resets == self._resets
         if entry.job.direction is Direction.LOAD:
-            self._manager.complete_load(entry.keys)
+            self._manager.complete_load(entry.keys, latest=latest)
         else:
             success = all(part.success for part in entry.parts)
-            self._manager.complete_store(entry.keys, success=success)
+            self._manager.complete_store(entry.keys, success=success, latest=latest)
         self._ledger.moved(entry)
 
     def _cancel(self, entry: Entry) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from triton_offload.specs import (
     CPULoadStoreSpec,
@@ -17,6 +18,8 @@ from triton_offload.specs import (
 )
 from triton_offload.testing.engine import EngineMemory
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +74,12 @@ class ServingEngine:
         self._transfers: dict[int, _Transfer] = {}
         self._stored: dict[int, int] = {}  # the group whose chunk a slot holds
         self._last_of_lane = dict.fromkeys(self.num_jobs, 0)
+        # One block table and so on, written anew for each job.
+        self._ids = np.zeros(shape.num_blocks, dtype=np.int64)
+        self._slot_ids = np.zeros(shape.num_slots, dtype=np.int64)
+        self._fresh = np.zeros(shape.num_slots, dtype=np.bool_)
+        self._sizes = [0] * self._num_groups
+        self._firsts = [0] * self._num_groups
 
     # -- steps --
 
@@ -192,15 +201,20 @@ class ServingEngine:
         self._hand_out()
 
     def wait(self) -> None:
-        """The host waits for a job, and looks at what it brought."""
+        """The host waits for some jobs, in no order, and looks at what they brought."""
         if not self._transfers:
             return
-        transfer = self._rng.choice(list(self._transfers.values()))
-        self.queue.wait([transfer.job_id])
-        others = [t for t in self._transfers.values() if t is not transfer]
+        count = self._rng.choice((1, 1, 2, 3))
+        everyone = list(self._transfers.values())
+        awaited = self._rng.sample(everyone, min(len(everyone), count))
+        self.queue.wait([transfer.job_id for transfer in awaited])
+        others = [t for t in everyone if t not in awaited]
         busy = {slot for other in others for slot in other.slots}
-        self.memory.host_reads(sorted(transfer.slots - busy))
+        mine = {slot for transfer in awaited for slot in transfer.slots}
+        self.memory.host_reads(sorted(mine - busy))
         self.collect()
+        late = [t.job_id for t in awaited if t.job_id in self._transfers]
+        assert not late, f"jobs {late} were waited for, and are not reported"
 
     def settle(self) -> None:
         """Wait for everything."""
@@ -211,18 +225,23 @@ class ServingEngine:
     # -- inside --
 
     def _submit(
-        self, lane: str, group: int, blocks: Ids, slots: Ids, first: int, fresh: object
+        self, lane: str, group: int, blocks: Ids, slots: Ids, first: int, fresh: Flags | None
     ) -> _Transfer:
-        sizes = [len(blocks) if g == group else 0 for g in range(self._num_groups)]
-        device_spec = GPULoadStoreSpec(blocks, sizes, [first] * self._num_groups)
+        ids, slot_ids = self._ids[: len(blocks)], self._slot_ids[: len(slots)]
+        ids[:], slot_ids[:] = blocks, slots
+        self._sizes[:] = [len(blocks) if g == group else 0 for g in range(self._num_groups)]
+        self._firsts[:] = [first] * self._num_groups
+        device_spec = GPULoadStoreSpec(ids, self._sizes, self._firsts)
         blocked = self._times_blocked()
-        if lane == "store":
-            host_spec = CPULoadStoreSpec(slots, fresh)  # type: ignore[arg-type]
+        if fresh is not None:
+            self._fresh[: len(slots)] = fresh
+            host_spec = CPULoadStoreSpec(slot_ids, self._fresh[: len(slots)])
             job_id = self.queue.transfer_async(device_spec, host_spec)
         else:
             job_id = self.queue.transfer_async(
-                CPULoadStoreSpec(slots), device_spec, expedited=lane == "expedited"
+                CPULoadStoreSpec(slot_ids), device_spec, expedited=lane == "expedited"
             )
+        self._spoil()
         if self.memory.pool.pinned:  # CUDA's copies of pageable memory block
             assert self._times_blocked() == blocked, "a submission blocked the host"
         direction = Direction.STORE if lane == "store" else Direction.LOAD
@@ -235,6 +254,15 @@ class ServingEngine:
         transfer = _Transfer(job_id, lane, frozenset(blocks.tolist()), frozenset(slots.tolist()))
         self._transfers[job_id] = transfer
         return transfer
+
+    def _spoil(self) -> None:
+        """What a call was given is the engine's again when it returns: it writes other ids there,
+        of blocks that there are or not."""
+        far = self._rng.choice((1, 1, 10**9))
+        self._ids[:] = np.roll(self._ids, 1) * far
+        self._slot_ids[:] = np.roll(self._slot_ids, 1) * far
+        np.logical_not(self._fresh, out=self._fresh)
+        self._sizes[:] = self._firsts[:] = [far] * self._num_groups
 
     def _times_blocked(self) -> int:
         """How often the host has waited for the device, by a full queue or on its own account."""
