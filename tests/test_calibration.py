@@ -540,5 +540,5 @@ def test_the_command_exits_with_1_where_the_file_can_not_be_written(quick, tmp_p
 def test_a_device_that_is_none_exits_with_2(command, device):
     done = CliRunner().invoke(app, [command, "--device", device])
     assert done.exit_code == 2
-    assert "device: expected" in done.stderr
+    assert done.stderr.startswith(f"triton-offload {command}: --device: expected")
     assert done.stdout == ""

@@ -14,7 +14,16 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
-    {"version", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
+    {
+        "version",
+        "specs",
+        "sizes",
+        "closing",
+        "kernels.table",
+        "vllm.versions",
+        "cli.models",
+        "cli.output",
+    },
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
     {"scheduler.manager", "kernels.compiling"},
