@@ -34,7 +34,7 @@ from triton_offload.transfer import queue_manager
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
-from triton_offload.tuning import calibrate
+from triton_offload.tuning import calibrate, calibration_file
 from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
 from triton_offload.tuning.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
 from triton_offload.tuning.machine import identify
@@ -177,6 +177,25 @@ def test_a_kept_calibration_reads_back(tmp_path, calibration):
     save(file, MACHINE, calibration)  # over the old one
     assert load(file, MACHINE) == calibration
     assert [path.name for path in file.parent.iterdir()] == ["kept.json"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "kept.json"
+    save(file, MACHINE, MEASURED)
+
+    def fail(*args, **kwargs):
+        raise OSError("injected")
+
+    for broken in ("replace", "fdopen"):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration_file.os, broken, fail)
+            with pytest.raises(OSError, match="injected"):
+                save(file, MACHINE, default_calibration("cpu"))
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+        assert load(file, MACHINE) == MEASURED
+    with pytest.raises(AttributeError):  # what can not be written
+        save(file, MACHINE, dataclasses.replace(MEASURED, buffer_bytes=1, paths=object()))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
 def test_where_there_is_no_file_there_is_no_warning(tmp_path):
@@ -485,6 +504,72 @@ def test_zero_copy_is_not_measured_where_memory_is_not_pinned():
     with Rig(device, 4096, 1 << 20) as rig:
         assert not rig.takes(Path.ZERO_COPY)
         assert set(rig.pipelines(1 << 20)) == {Path.STAGED, Path.COPY_ENGINE}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, lambda: torch.device("meta")],
+    ids=["inference mode", "another default device"],
+)
+def test_measuring_works_wherever_the_engine_asks_for_it(mode):
+    with mode():
+        took = calibrate.measure(CPU, lambda done, total: None, 8 << 20)
+    assert {one.path for one in took.paths} == set(Path)
+    assert len(took.buffer_bytes) == 4
+
+
+class Closings:
+    """What was closed, and what of it fails a number of times."""
+
+    def __init__(self, monkeypatch, **failures):
+        self.failures = failures
+        self.closed = []
+        for owner, name in [(Pipeline, "shutdown"), (HostPool, "close")]:
+            monkeypatch.setattr(owner, name, self.noting(getattr(owner, name), name))
+
+    def noting(self, original, name):
+        def close(*args):
+            self.closed.append(name)
+            original(*args)
+            if self.failures.get(name, 0) > 0:
+                self.failures[name] -= 1
+                raise OSError(f"injected: {name}")
+
+        return close
+
+
+def own_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("triton-offload")]
+
+
+@pytest.mark.parametrize("failing", ["shutdown", "close"])
+def test_a_rig_closes_all_it_has_and_tries_again_what_raised(monkeypatch, failing):
+    closings = Closings(monkeypatch, **{failing: 1})
+    rig = Rig(GatedDevice(), 4096, 1 << 20)
+    rig.pipelines(1 << 20)
+    with pytest.raises(OSError, match=f"injected: {failing}"), rig:
+        pass
+    assert closings.closed == ["shutdown"] * 3 + ["close"]
+    rig.close()
+    assert closings.closed == ["shutdown"] * 3 + ["close", failing]
+    rig.close()
+    assert len(closings.closed) == 5
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("step", ["empty", "allocate", "wait_ready"])
+def test_a_rig_that_can_not_be_made_leaves_nothing(monkeypatch, step):
+    def fail(*args):
+        raise MemoryError(f"injected: {step}")
+
+    device = GatedDevice()
+    owner = device if step == "empty" else HostPool
+    closings = Closings(monkeypatch)
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(MemoryError, match=f"injected: {step}"):
+        Rig(device, 4096, 1 << 20)
+    assert closings.closed == (["close"] if step == "wait_ready" else [])
+    assert own_threads() == []
 
 
 def test_a_rig_needs_room_for_its_pages():

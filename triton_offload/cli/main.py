@@ -41,7 +41,7 @@ app.command()(doctor)
 _DEFAULTS = ReplayOptions()
 _OPTIONS = {
     name: f"--{name.replace('_', '-')}"
-    for name in (*(field.name for field in dataclasses.fields(ReplayOptions)), "host_bytes")
+    for name in (field.name for field in dataclasses.fields(ReplayOptions))
 }
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -126,7 +126,8 @@ def replay(
     except (OSError, MemoryError, TraceError) as error:
         raise _bad_input(str(error)) from error
     except ValueError as error:
-        names = {**_OPTIONS, "num_chunks": "--chunks" if host_bytes is None else "--host-bytes"}
+        size = "--chunks" if host_bytes is None else "--host-bytes"
+        names = {**_OPTIONS, "num_chunks": size, "host_bytes": size}
         raise _bad_input(in_options(str(error), names)) from error
     if json_output:
         facts = {**dataclasses.asdict(options), **dataclasses.asdict(report)}

@@ -7,8 +7,8 @@ import gc
 import inspect
 import itertools
 import math
+import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -81,22 +81,31 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
                 f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
             )
+        resources = Closing()
+        try:
+            return self._make_worker(layout, resources)
+        except BaseException as error:
+            # Locals of where it came by hold the pool's memory: vLLM could not unmap its region.
+            traceback.clear_frames(error.__traceback__)
+            resources.close()
+            raise
+
+    def _make_worker(self, layout: CacheLayout, resources: Closing) -> TritonOffloadingWorker:
         path = self.extra_config.get("path", "auto")
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
-        resources = Closing()
-        with ExitStack() as undo:
-            undo.callback(resources.close)
-            pool = self._create_pool(device, resources)
-            queue = transfer_queue(layout, pool, path, None, calibration)
-            resources.callback(queue.shutdown)
-            worker = TritonOffloadingWorker(queue, pool, resources)
-            undo.pop_all()
-            return worker
+        pool = self._create_pool(device, resources)
+        queue = transfer_queue(layout, pool, path, None, calibration)
+        resources.callback(queue.shutdown)
+        return TritonOffloadingWorker(queue, pool, resources)
 
     def _create_pool(self, device: Device, resources: Closing) -> HostPool:
         if not self._uses_shared_region():
-            pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+            try:
+                pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+            except ValueError as error:  # more than there is: what vLLM's users call it
+                message = str(error).replace("host_bytes", "cpu_bytes_to_use")
+                raise ValueError(message) from error
             resources.callback(pool.close)
             return pool
         region = self._create_region()
@@ -126,7 +135,10 @@ def _parse_size(value: Any) -> int:
     """`cpu_bytes_to_use`; a float is what vLLM makes of its own kv_offloading_size."""
     if isinstance(value, float) and math.isfinite(value):
         value = int(value)
-    return parse_bytes("cpu_bytes_to_use", value)
+    size = parse_bytes("cpu_bytes_to_use", value)
+    if size == 0:  # which vLLM takes for nothing said
+        raise ValueError("cpu_bytes_to_use: expected at least one chunk, got 0")
+    return size
 
 
 def _pinned_rows(region: Any, row_bytes: int) -> int:
