@@ -12,6 +12,7 @@ from contextlib import suppress
 import pytest
 import torch
 from gated import GatedDevice
+from terminal import columns
 from typer.testing import CliRunner
 
 from triton_offload import KVOffloader
@@ -598,6 +599,22 @@ def test_the_command_keeps_what_it_found(quick, own_cache):
     assert str(file) in done.stdout
     assert "zero_copy" in done.stdout
     assert load(file, identify(CPU)) == MEASURED
+
+
+def test_a_narrow_terminal_cuts_nothing(quick, own_cache):
+    arguments = ["calibrate", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "40"})
+    table = done.stdout.partition("kept in")[0]
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 40
+    ((ways, sizes, *jobs),) = columns(table)
+    count = len(calibrate.PAGE_BYTES)
+    assert ways == "direction" + "store" * count + "load" * count
+    assert sizes == "pagesof" + "4.0KiB16.0KiB64.0KiB256.0KiB1.0MiB" * 2
+    assert jobs == [
+        f"ajobof{pages}" + "staged" * count + "zero_copy" * count for pages in calibrate.PAGES
+    ]
+    assert "staging buffers of 4.0 MiB; staged: 8 CTAs of 4 warps" in " ".join(table.split())
 
 
 def test_the_command_writes_where_it_is_told_and_prints_json(quick, own_cache, tmp_path):

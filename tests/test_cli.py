@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import types
 
 import pytest
 from rich.console import Console
+from terminal import columns, without_spaces
 from typer.testing import CliRunner
 
 import triton_offload
@@ -243,28 +243,18 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
 # -- narrow --
 
 
-def cells(text: str) -> list[list[str]]:
-    """The cells of the tables in a terminal's text, those that go on in the next line in one."""
-    rows: list[list[str]] = []
-    for line in text.splitlines():
-        if not re.match("[│┃]", line):  # a border or a title: the next row is another
-            rows.append([])
-            continue
-        parts = [part.strip() for part in re.split("[│┃]", line)[1:-1]]
-        if not rows[-1]:
-            rows[-1] = [""] * len(parts)
-        rows[-1] = [done + part for done, part in zip(rows[-1], parts, strict=True)]
-    return [row for row in rows if row]
-
-
 def test_a_narrow_terminal_cuts_nothing_of_a_replay(trace):
     arguments = ["replay", trace, "--model", "smollm2-135m", "--chunks", "16"]
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "20"})
     assert "…" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 20
-    told = "".join("".join(row) for row in cells(done.stdout)).replace(" ", "")
-    for name in ("prefixhitrate", "chunksreferenced/hit", "waitsfortransfers", "GB/s"):
-        assert name in told
+    ((names, values),) = columns(done.stdout)
+    assert names == without_spaces(
+        *("prefix hit rate", "chunks referenced / hit", "chunks evicted", "stored", "loaded"),
+        *("store GB/s", "load GB/s", "waits for transfers", "whole replay", "verified"),
+        *("chunks verified / wrong", "transfers failed"),
+    )
+    assert values.startswith("0.500012/60")
 
 
 def test_a_table_goes_on_in_the_next_line_and_takes_nothing_for_markup():
@@ -274,9 +264,8 @@ def test_a_table_goes_on_in_the_next_line_and_takes_nothing_for_markup():
     console.print(shown)
     text = console.file.getvalue()
     assert "what [bold] says" in text
-    assert cells(text) == [
-        ["a_long_header", "another_long_one"],
-        ["a_long_name_of_a_card", "1234567890123"],
+    assert columns(text) == [
+        ["a_long_headera_long_name_of_a_card", "another_long_one1234567890123"]
     ]
     assert [column.justify for column in shown.columns] == ["left", "right"]
 

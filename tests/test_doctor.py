@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 
 import pytest
 import torch
+from terminal import columns, without_spaces
 from typer.testing import CliRunner
 
 from triton_offload.calibration import Path, default_calibration
@@ -475,6 +476,29 @@ def test_a_problem_exits_with_1_and_one_line_of_advice(monkeypatch, changes):
 def test_what_the_system_says_is_printed_as_it_is(monkeypatch):
     done, _ = run(monkeypatch, replace(HOST, failure="boom [bold] [/nope]"))
     assert "trial transfers failed: boom [bold] [/nope]" in done.stdout
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_cuts_nothing(monkeypatch, width):
+    monkeypatch.setattr(cli_machine, "gather", lambda device, size, progress: SOUND)
+    arguments = ["doctor", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": str(width)})
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= width
+    findings, speeds = columns(done.stdout)
+    found = examine(SOUND)
+    assert findings == [
+        "ok" * len(found),
+        without_spaces(*(finding.name for finding in found)),
+        without_spaces(*(finding.what for finding in found)),
+    ]
+    paths = [f"{path.value}40.0040.00" for path in Path]
+    assert speeds == [
+        "directionstoreload",
+        "pagesof4.0KiB4.0KiB",
+        *paths,
+        "plaincopy55.0055.00",
+    ]
 
 
 def test_json_and_nothing_else(monkeypatch):

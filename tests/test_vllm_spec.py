@@ -718,7 +718,7 @@ def test_more_than_the_memory_there_is_names_what_vllms_users_set(
         raise ValueError("host_bytes: expected at most 3 GiB, got 10 TiB")
 
     monkeypatch.setattr(HostPool, "allocate", refuse)
-    with pytest.raises(ValueError, match="^cpu_bytes_to_use: expected at most 3 GiB, got 10 TiB$"):
+    with pytest.raises(ValueError, match=r"^cpu_bytes_to_use: expected at most 3 GiB, got 10 TiB$"):
         plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
 
 
