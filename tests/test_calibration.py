@@ -36,6 +36,7 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning import calibrate, calibration_file
+from triton_offload.tuning import rig as rig_module
 from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
 from triton_offload.tuning.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
 from triton_offload.tuning.machine import identify
@@ -110,6 +111,47 @@ def test_a_size_with_fewer_counts_measured_has_the_nearest_of_its_own():
     assert table.choose(Direction.LOAD, 4096, 4096) is Path.COPY_ENGINE
     assert table.choose(Direction.LOAD, 1 << 20, 4096) is Path.ZERO_COPY
     assert table.choose(Direction.STORE, 4096, 4096) is HOST_PATHS.default  # not measured
+
+
+def test_directions_that_were_measured_at_other_counts_do_not_mix():
+    points = [
+        Measurement(way, 4096, count, path, 0.5 if path is other else 1.0)
+        for way, count, other in [
+            (Direction.STORE, 16, Path.ZERO_COPY),
+            (Direction.STORE, 4096, Path.STAGED),
+            (Direction.LOAD, 256, Path.COPY_ENGINE),
+        ]
+        for path in Path
+    ]
+    table = fit_paths(points, PathTable(Path.STAGED))
+    store = [table.choose(Direction.STORE, 4096, count) for count in (16, 255, 256, 4096)]
+    assert store == [Path.ZERO_COPY, Path.ZERO_COPY, Path.STAGED, Path.STAGED]
+    assert table.choose(Direction.LOAD, 4096, 1) is Path.COPY_ENGINE
+
+
+def test_the_last_rule_that_applies_wins():
+    table = PathTable(
+        Path.STAGED,
+        (
+            PathRule(Direction.LOAD, 4096, 16, Path.ZERO_COPY),
+            PathRule(Direction.LOAD, 8192, 16, Path.COPY_ENGINE),
+        ),
+    )
+    for size, pages, path in [
+        (4095, 16, Path.STAGED),
+        (4096, 15, Path.STAGED),
+        (4096, 16, Path.ZERO_COPY),
+        (8191, 99, Path.ZERO_COPY),
+        (8192, 16, Path.COPY_ENGINE),
+        (8192, 15, Path.STAGED),
+    ]:
+        assert table.choose(Direction.LOAD, size, pages) is path
+        assert table.choose(Direction.STORE, size, pages) is Path.STAGED
+
+
+def test_cpu_memory_follows_its_own_figures():
+    assert default_calibration("cpu").paths is HOST_PATHS
+    assert default_calibration("cuda").paths is CUDA_PATHS
 
 
 def test_a_choice_that_is_the_same_everywhere_needs_one_rule_a_direction():
@@ -485,6 +527,25 @@ def test_on_a_gpu_launches_are_measured_too_and_paths_with_those_that_won(monkey
     last = built[-1]
     assert (last.staged, last.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
     assert {one.path for one in took.paths} == set(Path)
+
+
+def test_a_job_of_all_pages_is_measured(monkeypatch):
+    monkeypatch.setattr(calibrate, "PAGES", (16, 256, 257))
+    took = calibrate._by_path(GatedDevice(), 4096, 1 << 20)
+    assert {one.pages for one in took} == {16, 256}
+
+
+def test_the_first_turn_of_a_rig_does_not_count(monkeypatch):
+    turns = iter([99.0, *[1.0] * 9])
+    monkeypatch.setattr(Rig, "_job", lambda *args: next(turns))
+    monkeypatch.setattr(rig_module, "_typical", max)
+    with Rig(GatedDevice(), 4096, 1 << 20) as rig:
+        assert rig.seconds({"one": None}, Direction.STORE, 64) == {"one": 1.0}
+    assert next(turns, None) is None
+
+
+def test_the_lower_quartile_is_what_a_job_takes():
+    assert rig_module._typical([9.0, 3.0, 1.0, 7.0, 2.0, 8.0, 5.0, 4.0, 6.0]) == 3.0
 
 
 def test_a_path_that_fails_or_that_another_stands_in_for_is_not_measured():

@@ -143,7 +143,7 @@ def made_up_bytes(engine) -> list[str]:
 def test_what_is_kept_quiet_goes_to_the_log_and_the_rest_where_it_went_before(
     tmp_path, capfd, monkeypatch, failing
 ):
-    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # as it is without pytest
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))  # as it is without pytest
     log = tmp_path / "deep" / "quiet.log"
     open_before = set(os.listdir("/proc/self/fd"))
     with suppress(OSError), demo._quiet(log):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import importlib
 import os
 import re
 import subprocess
@@ -559,6 +560,42 @@ def test_ids_are_the_jobs_own_from_the_moment_of_the_call(
 # -- jobs --
 
 
+def test_a_wait_is_for_every_job_that_is_named(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in (31, 32, 33):
+        worker.submit_store(job, _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1]))
+    asked: list[Any] = []
+    monkeypatch.setattr(worker._manager, "wait", asked.append)
+    worker.wait([33, 4, 31])
+    assert asked == [[worker._ours[33], worker._ours[31]]]
+
+
+def test_to_give_way_is_no_error_and_only_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = GatedDevice()
+    monkeypatch.setattr(plugin_spec, "device_for", lambda *args: gate)
+    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(_random_caches(2))
+    blocks, slots = _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1])
+    worker.submit_store(1, blocks, slots)
+    _drain(worker, 1)
+    gate.gate.clear()
+    worker.submit_store(2, blocks, CPULoadStoreSpec([2]))
+    worker.submit_load(3, slots, blocks)
+    asked = []
+    wait = worker._manager.wait
+
+    def note(jobs: Any, timeout: float) -> None:
+        asked.append(list(jobs))
+        wait(jobs, timeout)
+
+    monkeypatch.setattr(worker._manager, "wait", note)
+    assert worker.get_finished() == []
+    assert asked == [[worker._ours[3]]]
+    gate.gate.set()
+    _drain(worker, 2)
+    worker.shutdown()
+
+
 def test_every_job_is_reported_once_and_wait_ignores_what_it_does_not_know(worker: Any) -> None:
     for job in range(60):
         blocks = _blocks([[job % _BLOCKS], []], [0, 0])
@@ -742,6 +779,20 @@ def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_version_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM {version}"):
         plugin.require_version(version)
+
+
+def test_another_vllm_is_refused_when_the_plug_in_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "__version__", "0.31.4")
+        with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM 0.31.4"):
+            importlib.reload(plugin)
+    with monkeypatch.context() as patch:  # as where a module of vLLM's has another name
+        patch.setitem(sys.modules, "triton_offload.vllm.spec", None)
+        with pytest.raises(ImportError, match=f"{_SUPPORT}.*lacks what they have: .*vllm.spec"):
+            importlib.reload(plugin)
+    importlib.reload(plugin)
 
 
 def test_caches_that_do_not_fit_their_slot_and_unknown_paths_are_refused(caches: Any) -> None:
