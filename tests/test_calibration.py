@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import typer
 from gated import GatedDevice
 from terminal import columns
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from triton_offload.calibration import (
     PathTable,
     default_calibration,
 )
+from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.cuda import launch_config
 from triton_offload.kernels.tiling import choose_config
@@ -705,3 +707,13 @@ def test_a_device_that_is_none_exits_with_2(command, device):
     assert done.exit_code == 2
     assert done.stderr.startswith(f"triton-offload {command}: --device: expected")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "known"), [("cuda", True), ("cuda:1", True), ("cuda:2", False)])
+def test_a_card_is_one_of_those_that_are_there(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if known:
+        assert cli_machine._device(name, "doctor") == torch.device(name)
+    else:
+        with pytest.raises(typer.Exit):
+            cli_machine._device(name, "doctor")

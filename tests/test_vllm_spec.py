@@ -264,10 +264,21 @@ def _read_maps() -> list[str]:
 
 
 def _resources() -> tuple[Any, ...]:
-    """What this process holds, cycles apart: mappings, threads of ours, files of vLLM's."""
+    """What this process holds, cycles apart: mappings, threads of ours, vLLM's files."""
     gc.collect()
     threads = Counter(t.name for t in threading.enumerate() if t.name.startswith("triton-offload"))
-    return _mappings(), threads, sorted(Path("/dev/shm").glob(f"vllm_offload_test-{os.getpid()}-*"))
+    opened = sorted(
+        path for path in map(_target, Path("/proc/self/fd").iterdir()) if "vllm_offload" in path
+    )
+    left = sorted(Path("/dev/shm").glob(f"vllm_offload_test-{os.getpid()}-*"))
+    return _mappings(), threads, opened, left
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the one of the iteration itself
+        return ""
 
 
 @pytest.fixture
