@@ -1,50 +1,89 @@
-"""A close does all that it can, and what it could not when it is asked again."""
+"""Steps that are all run, whatever one of them raises, and tried again where one did."""
 
 from __future__ import annotations
 
+import gc
+import itertools
+import weakref
+
 import pytest
 
-from triton_offload.transfer.closing import CloseSteps
+from triton_offload.closing import Closing
 
 
-def steps(failing: dict[str, int]) -> tuple[CloseSteps, list[str]]:
-    """Steps a, b and c, of which some fail so many times; what was tried."""
-    tried: list[str] = []
+class Steps:
+    """Three steps of which some fail a number of times."""
 
-    def step(name: str):
-        def do() -> None:
-            tried.append(name)
-            if failing.get(name, 0) > 0:
-                failing[name] -= 1
-                raise RuntimeError(f"{name} failed")
+    def __init__(self, **failures: int) -> None:
+        self.failures = dict(failures)
+        self.ran: list[str] = []
+        self.closing = Closing()
+        for name in "abc":
+            self.closing.callback(self.step, name)
 
-        return do
-
-    return CloseSteps(*(step(name) for name in "abc")), tried
-
-
-def test_steps_are_done_in_order_and_once():
-    closing, tried = steps({})
-    closing.run()
-    closing.run()
-    assert tried == ["a", "b", "c"]
+    def step(self, name: str) -> None:
+        self.ran.append(name)
+        if self.failures.get(name, 0) > 0:
+            self.failures[name] -= 1
+            raise OSError(f"injected: {name}")
 
 
-def test_a_step_that_fails_keeps_none_from_being_done_and_is_done_again():
-    closing, tried = steps({"b": 2})
+def test_steps_run_once_and_the_last_first():
+    steps = Steps()
+    steps.closing.close()
+    assert steps.ran == ["c", "b", "a"]
+    steps.closing.close()
+    assert steps.ran == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [names for n in (1, 2, 3) for names in itertools.combinations("abc", n)],
+    ids="".join,
+)
+def test_what_raised_is_raised_when_all_ran_and_is_tried_again_in_order(failing):
+    steps = Steps(**dict.fromkeys(failing, 2))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="b failed"):
-            closing.run()
-    assert tried == ["a", "b", "c", "b"]
-    closing.run()
-    closing.run()
-    assert tried == ["a", "b", "c", "b", "b"]
+        with pytest.raises(OSError, match=f"injected: {failing[0]}"):  # the last that failed
+            steps.closing.close()
+    again = sorted(failing, reverse=True)
+    assert steps.ran == ["c", "b", "a", *again]
+    steps.closing.close()
+    assert steps.ran == ["c", "b", "a", *again, *again]
+    steps.closing.close()
+    assert len(steps.ran) == 3 + 2 * len(again)
 
 
-def test_of_several_failures_the_last_is_raised_and_the_others_are_with_it():
-    closing, tried = steps({"a": 1, "c": 1})
-    with pytest.raises(RuntimeError, match="c failed") as raised:
-        closing.run()
-    assert str(raised.value.__context__) == "a failed"
-    closing.run()
-    assert tried == ["a", "b", "c", "a", "c"]
+def test_an_interrupt_is_no_reason_to_leave_the_rest_nor_to_forget_the_step():
+    ran = []
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    closing = Closing()
+    closing.callback(ran.append, 1)
+    closing.callback(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            closing.close()
+    assert ran == [1]
+
+
+def test_while_a_step_runs_nothing_holds_what_the_steps_before_it_freed():
+    class Memory:
+        def free(self):
+            return
+
+    memory = Memory()
+    alive = weakref.ref(memory)
+    seen = []
+    closing = Closing()
+    closing.callback(lambda: seen.append(alive()))
+    closing.callback(memory.free)
+    del memory
+    gc.disable()
+    try:
+        closing.close()
+    finally:
+        gc.enable()
+    assert seen == [None]

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -356,7 +357,9 @@ def test_a_step_of_the_shutdown_that_fails_keeps_no_other_from_being_taken(step,
         real[0]()
 
     if step == "ids":  # a step that was noted when the lane was made
-        lane._closing._steps = [fail if each == real[0] else each for each in lane._closing._steps]
+        steps = lane._closing._steps
+        assert [step.func for step in steps].count(real[0]) == 1
+        steps[:] = [partial(fail) if step.func == real[0] else step for step in steps]
     elif step in ("feeder", "lane"):
         setattr(owner, name, fail)
     else:

@@ -22,7 +22,6 @@ import threading
 import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from functools import partial
 
 import numpy as np
 
@@ -31,7 +30,6 @@ from triton_offload.device import Device
 from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
-from triton_offload.transfer.closing import CloseSteps
 from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.lane import Job, Lane
 from triton_offload.transfer.layout import CacheLayout
@@ -247,8 +245,10 @@ class Pipeline:
                 for job in self._unfinished():
                     self.cancel(job)
                 names = list(self._lanes)
-            lanes = [partial(self._close_lane, name, deadline, timeout) for name in names]
-            CloseSteps(self._feeder.stop, *lanes).run()
+            with ExitStack() as rest:
+                for name in reversed(names):
+                    rest.callback(self._close_lane, name, deadline, timeout)
+                rest.callback(self._feeder.stop)
         finally:
             self._shutting_down.release()
 
