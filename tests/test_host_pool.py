@@ -113,7 +113,7 @@ def test_a_shared_pool_is_one_memory_for_all_its_ranks_and_has_no_name(tmp_path)
 @pytest.mark.parametrize("make", [HostPool.share, HostPool.attach])
 def test_a_shared_pool_of_no_ranks_or_no_slots_is_refused(make, tmp_path):
     path = str(tmp_path / "pool")
-    with pytest.raises(ValueError, match="num_ranks: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_ranks: expected an integer of at least 1, got 0"):
         make(HostDevice(), 8, 64, path, 0)
     with pytest.raises(ValueError, match="num_slots"):
         make(HostDevice(), 0, 64, path, 1)
@@ -125,7 +125,7 @@ def test_a_shared_pool_of_no_ranks_or_no_slots_is_refused(make, tmp_path):
         (torch.zeros(4, 4), r"slots: expected uint8 .*got torch.float32 \(4, 4\)"),
         (torch.zeros(4, dtype=torch.uint8), "slots: expected uint8"),
         (torch.zeros(4, 4, dtype=torch.uint8).t(), "slots: expected contiguous rows"),
-        (torch.zeros(0, 4, dtype=torch.uint8), "num_slots: expected at least one"),
+        (torch.zeros(0, 4, dtype=torch.uint8), "num_slots: expected an integer of at least 1, got 0"),
     ],
 )
 def test_memory_that_cannot_be_slots_is_refused(slots, message):
@@ -135,5 +135,5 @@ def test_memory_that_cannot_be_slots_is_refused(slots, message):
 
 @pytest.mark.parametrize(("num_slots", "slot_bytes"), [(0, 64), (4, 0)])
 def test_empty_pools_are_refused(num_slots, slot_bytes):
-    with pytest.raises(ValueError, match="expected at least"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1, got 0"):
         HostPool.allocate(HostDevice(), num_slots, slot_bytes)

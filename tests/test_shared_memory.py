@@ -158,7 +158,7 @@ def test_a_rank_with_another_idea_of_the_pool_ends_the_set_up_for_all(path, size
     assert not path.exists()
 
 
-@pytest.mark.parametrize("step", ["ftruncate", "fchmod", "mmap"])
+@pytest.mark.parametrize("step", ["posix_fallocate", "fchmod", "mmap"])
 def test_an_error_while_the_file_is_made_leaves_none(path, step, monkeypatch):
     def fail(*args):
         raise OSError(28, "no space left")
