@@ -29,6 +29,7 @@ class Stream:
     def __init__(self, device: torch.device = CARD, priority: int = 0) -> None:
         assert device == CARD
         assert priority in (0, -1)
+        self.device = device
         self.cuda_stream = 1
 
     def synchronize(self) -> None: ...

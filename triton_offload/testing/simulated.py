@@ -143,6 +143,7 @@ class SimulatedDevice(Controls):
         return self.compute_stream
 
     def check_stream(self, stream: Stream | None) -> None:
+        self._simulation.note_call("check_stream")
         if stream is not None and not any(stream is each for each in self.streams):
             raise ValueError(
                 f"stream: expected an open stream of this simulated device, got {stream!r}"
