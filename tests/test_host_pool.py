@@ -125,7 +125,10 @@ def test_a_shared_pool_of_no_ranks_or_no_slots_is_refused(make, tmp_path):
         (torch.zeros(4, 4), r"slots: expected uint8 .*got torch.float32 \(4, 4\)"),
         (torch.zeros(4, dtype=torch.uint8), "slots: expected uint8"),
         (torch.zeros(4, 4, dtype=torch.uint8).t(), "slots: expected contiguous rows"),
-        (torch.zeros(0, 4, dtype=torch.uint8), "num_slots: expected an integer of at least 1, got 0"),
+        (
+            torch.zeros(0, 4, dtype=torch.uint8),
+            "num_slots: expected an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_memory_that_cannot_be_slots_is_refused(slots, message):

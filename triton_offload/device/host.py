@@ -9,6 +9,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
@@ -158,7 +159,7 @@ class HostDevice(RealTime):
     def wait(self, stream: HostStream, event: _HostEvent) -> None:
         record = event.latest  # bound here, not when the stream gets there
         if record is not None:
-            stream.put(lambda: self._reached(record, None))
+            stream.put(partial(self._reached, record, None))
 
     def query(self, event: _HostEvent) -> bool:
         record = event.latest
@@ -199,20 +200,13 @@ class HostDevice(RealTime):
     # -- work --
 
     def fill_zero(self, buffer: torch.Tensor, stream: HostStream) -> None:
-        stream.put(lambda: buffer.zero_())
+        stream.put(buffer.zero_)
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: HostStream) -> None:
-        stream.put(lambda: dst.copy_(src))
+        stream.put(partial(dst.copy_, src))
 
     def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: HostStream) -> None:
-        check = stream.tasks.check
-
-        def run() -> None:
-            for to, source, size in zip(dst.tolist(), src.tolist(), sizes.tolist(), strict=True):
-                check()
-                ctypes.memmove(to, source, size)
-
-        stream.put(run)
+        stream.put(partial(_copy_ranges, dst, src, sizes, stream.tasks.check))
 
     def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
         return
@@ -254,7 +248,13 @@ class HostDevice(RealTime):
         first_block: int,
     ) -> None:
         check = stream.tasks.check
-        stream.put(lambda: move(table, block_ids, slots, slot_ids, first_block, check))
+        stream.put(partial(move, table, block_ids, slots, slot_ids, first_block, check))
+
+
+def _copy_ranges(dst: Ids, src: Ids, sizes: Ids, check: Callable[[], None]) -> None:
+    for to, source, size in zip(dst.tolist(), src.tolist(), sizes.tolist(), strict=True):
+        check()
+        ctypes.memmove(to, source, size)
 
 
 def _succeeded(record: _Record) -> bool:
