@@ -75,7 +75,7 @@ def _left_in_groups(proc: Path, control_groups: Path) -> Iterator[int]:
 
 def _reclaimable(file: Path, prefix: str) -> int:
     """The cache of files, which counts as used and makes room at once."""
-    fields = dict(line.split(maxsplit=1) for line in _read(file).splitlines())
+    fields = dict(line.split(" ", 1) for line in _read(file).splitlines() if line)
     return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 

@@ -175,7 +175,8 @@ class PathQueue:
             self.close_streams()
         finally:
             self._ring.close()
-            self._zeros = torch.empty(0, dtype=torch.uint8)
+            self._zeros = torch.empty(0, dtype=torch.uint8, device="cpu")
+            self._queue.clear()  # methods of this: the pool goes with it, not when it is collected
 
     # -- staged --
 
