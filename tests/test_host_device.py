@@ -15,6 +15,7 @@ from triton_offload import KVOffloader
 from triton_offload.device import device_for
 from triton_offload.device.host import HostDevice
 from triton_offload.device.threads import _running
+from triton_offload.kernels.table import PageTable
 
 
 def until(condition) -> None:
@@ -232,6 +233,20 @@ def test_a_stream_holds_nothing_of_what_it_has_done(device, streams, fails):
         device.synchronize(event, 60)
     del target
     until(lambda: gone[1]() is None)  # the thread may be on its way to the next
+
+
+def test_a_failed_gather_holds_nothing_of_its_operands(device, streams):
+    table = PageTable([torch.zeros(4, 8, dtype=torch.uint8)], 1)
+    slots = torch.zeros(4, 8, dtype=torch.uint8)
+    gone = weakref.ref(slots)
+    ids = torch.tensor([3, 0]), torch.tensor([2, 9])  # there is no slot 9
+    device.gather(table, ids[0], slots, ids[1], 0, streams[0], zero_copy=False)
+    event = recorded(device, streams[0])
+    with pytest.raises(Exception, match=r"out of (range|bounds)"):
+        device.synchronize(event, 60)
+    del slots
+    assert event.latest.failure is not None
+    until(lambda: gone() is None)
 
 
 # -- the boundary --

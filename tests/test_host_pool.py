@@ -385,3 +385,26 @@ def test_a_forked_child_unpins_nothing(monkeypatch):
     pool.close()
     assert device.registered
     assert not device.unregistered
+
+
+def test_a_step_that_outlives_its_pool_unpins():
+    begun, go_on = threading.Event(), threading.Event()
+
+    class SlowDevice(RecordingDevice):
+        def register(self, host: torch.Tensor) -> bool:
+            begun.set()
+            assert go_on.wait(60)
+            return super().register(host)
+
+    device = SlowDevice()
+    pool = HostPool.allocate(device, 4, 64)
+    assert begun.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del pool  # waits for nobody
+        gc.collect()
+    assert not device.unregistered
+    go_on.set()
+    until(lambda: device.unregistered)
+    assert device.unregistered == [place for place, _ in device.registered]
+    until(lambda: not threads_of_ours())
