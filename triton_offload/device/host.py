@@ -21,7 +21,7 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
 
-class _Record:
+class Record:
     """A place in a stream; reached when all that was queued there before is done."""
 
     __slots__ = ("failure", "reached", "time")
@@ -39,7 +39,7 @@ class _Tasks:
     """What a stream's thread holds of it: nothing but what is queued."""
 
     def __init__(self, condition: threading.Condition) -> None:
-        self.queue: SimpleQueue[_Work | _Record | None] = SimpleQueue()
+        self.queue: SimpleQueue[_Work | Record | None] = SimpleQueue()
         self._condition = condition
         self._failure: BaseException | None = None  # since the last record
         self._dropping = False
@@ -69,9 +69,9 @@ class _Tasks:
         if self._dropping:
             raise RuntimeError("dropped: the stream was closed, or the process is at its end")
 
-    def _do(self, work: _Work | _Record | None) -> bool:
+    def _do(self, work: _Work | Record | None) -> bool:
         # A function of its own: what was done is not held while nothing is queued.
-        if isinstance(work, _Record):
+        if isinstance(work, Record):
             self._reach(work)
         elif work is not None:
             try:
@@ -85,7 +85,7 @@ class _Tasks:
         del work  # the error has this frame, too
         return True
 
-    def _reach(self, record: _Record) -> None:
+    def _reach(self, record: Record) -> None:
         with self._condition:
             record.time = time.perf_counter()
             record.failure, self._failure = self._failure, None
@@ -102,7 +102,7 @@ class HostStream:
         self.thread = OwnThread(name, self.tasks.run, self.tasks.end)
         weakref.finalize(self, self.queue.put, None).atexit = False
 
-    def put(self, work: _Work | _Record) -> None:
+    def put(self, work: _Work | Record) -> None:
         self.queue.put(work)
         if not self.thread.is_alive():  # closed, or of the process that this one was forked from
             self.tasks.drop()
@@ -114,7 +114,7 @@ class HostStream:
 
 class _HostEvent:
     def __init__(self) -> None:
-        self.latest: _Record | None = None
+        self.latest: Record | None = None
 
 
 class HostDevice(RealTime):
@@ -153,7 +153,7 @@ class HostDevice(RealTime):
         return _HostEvent()
 
     def record(self, event: _HostEvent, stream: HostStream) -> None:
-        event.latest = record = _Record()
+        event.latest = record = Record()
         stream.put(record)
 
     def wait(self, stream: HostStream, event: _HostEvent) -> None:
@@ -177,7 +177,7 @@ class HostDevice(RealTime):
         assert end.latest is not None
         return end.latest.time - start.latest.time
 
-    def _reached(self, record: _Record, timeout: float | None) -> bool:
+    def _reached(self, record: Record, timeout: float | None) -> bool:
         with self._condition:
             return self._condition.wait_for(lambda: record.reached, timeout)
 
@@ -257,7 +257,7 @@ def _copy_ranges(dst: Ids, src: Ids, sizes: Ids, check: Callable[[], None]) -> N
         ctypes.memmove(to, source, size)
 
 
-def _succeeded(record: _Record) -> bool:
+def _succeeded(record: Record) -> bool:
     if record.failure is not None:
         raise record.failure
     return True
