@@ -21,7 +21,7 @@ from world import GIB, KIB, MIB, World
 
 from triton_offload.calibration import Path
 from triton_offload.device import Device, device_for
-from triton_offload.device.host import HostDevice
+from triton_offload.device.host import HostDevice, Record
 from triton_offload.kernels import pages
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
@@ -45,7 +45,7 @@ class IdleDevice(HostDevice):
     def __init__(self) -> None:
         super().__init__()
         self.busy = False
-        self._unreached: list[Any] = []
+        self._unreached: list[Record] = []
 
     def new_stream(self, name: str, *, high_priority: bool = False) -> Any:
         return name
@@ -54,11 +54,10 @@ class IdleDevice(HostDevice):
         return
 
     def record(self, event: Any, stream: Any) -> None:
-        event.recorded += 1
+        event.latest = record = Record()
+        record.reached = not self.busy
         if self.busy:
-            self._unreached.append(event)
-        else:
-            event.reached = event.recorded
+            self._unreached.append(record)
 
     def wait(self, stream: Any, event: Any) -> None:
         return
@@ -66,8 +65,8 @@ class IdleDevice(HostDevice):
     def end(self) -> None:
         """What was queued while it was busy is done."""
         self.busy = False
-        for event in self._unreached:
-            event.reached = event.recorded
+        for record in self._unreached:
+            record.reached = True
         self._unreached.clear()
 
     def fill_zero(self, buffer: torch.Tensor, stream: Any) -> None:

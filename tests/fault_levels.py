@@ -137,7 +137,7 @@ class OffloaderWorld(FaultWorld):
     def check_idle(self) -> None:
         stats = self.offloader.stats()
         assert (stats.num_pinned, stats.num_used) == (0, len(self.have))
-        assert not self.offloader._storing
+        assert not self.offloader._ledger._storing
         for group, chunk in self.have:
             assert self.offloader.lookup([bytes([chunk])], group=group) == 1
 

@@ -36,7 +36,7 @@ SEAM = tuple(
 EVERY = math.inf
 
 # What raises to whom it is called for; everything else is the job's, or nobody's.
-SUBMITTING = {"capturing", "current_stream", "new_event", "record"}
+SUBMITTING = {"capturing", "check_stream", "current_stream", "new_event", "record"}
 WAITING = {"monotonic", "sleep"}
 
 PAGES = (16, 8, 9)  # bytes, of each tensor
@@ -320,7 +320,8 @@ class FaultWorld(ABC):
                 assert job.result.num_bytes == 0
                 assert self.injected in causes(job.result.error)
         for what, error in self.raised:
-            theirs = {"submit": SUBMITTING, "wait": WAITING, "follow": WAITING | {"wait"}}
+            following = WAITING | {"check_stream", "wait"}
+            theirs = {"submit": SUBMITTING, "wait": WAITING, "follow": following}
             assert self.device.lost or (error is self.injected and call in theirs.get(what, ()))
 
     def check_end(self, *, loads: bool = True) -> None:

@@ -11,6 +11,7 @@ driver after that. It says nothing of order (`triton_offload.testing` does), of 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +25,27 @@ assert not torch.cuda.is_available(), "there is a GPU here: nothing needs to be 
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
+#: what `with torch.cuda.device` has set, the innermost last; a thread begins with another card
+cuda_devices = [torch.device("cuda", 1)]
+#: the keywords of tensors made in pinned memory
+pinned: list[dict[str, Any]] = []
+#: (function, stream) of what cuda-bindings was asked for
+asked: list[tuple[str, int]] = []
+
 
 class Stream:
+    _numbers = itertools.count(1)
+
     def __init__(self, device: torch.device = CARD, priority: int = 0) -> None:
         assert device == CARD
         assert priority in (0, -1)
-        self.cuda_stream = 1
+        self.device = device
+        self.priority = priority
+        self.cuda_stream = next(self._numbers)
+        self.num_synchronized = 0
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.num_synchronized += 1
 
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, Event)
@@ -67,16 +81,21 @@ class Runtime:
     """What `torch.cuda.cudart()` returns."""
 
     def __init__(self) -> None:
-        self._registered: dict[int, int] = {}
+        self._registered: dict[int, int] = {}  # bytes by address
+        self.refuses = False
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
         assert address not in self._registered
         assert num_bytes > 0
         assert flags == 0x3  # portable and mapped
+        assert cuda_devices[-1] == CARD
+        if self.refuses:
+            return 2  # no memory
         self._registered[address] = num_bytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        assert cuda_devices[-1] == CARD
         del self._registered[address]
         return 0
 
@@ -118,7 +137,11 @@ class Cuda:
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
         assert device == CARD
-        yield
+        cuda_devices.append(device)
+        try:
+            yield
+        finally:
+            cuda_devices.pop()
 
     def cudart(self) -> Runtime:
         return self._runtime
@@ -151,7 +174,10 @@ def checked_by(original: Callable[..., Any], carry_out: Callable[..., Any]) -> C
     return call
 
 
-def copy_batch(dst: Any, src: Any, sizes: Any, count: int, attributes: Any, *_: Any) -> None:
+def copy_batch(
+    dst: Any, src: Any, sizes: Any, count: int, attributes: Any, _: Any, __: int, stream: int
+) -> None:
+    asked.append(("batch", stream))
     assert len(dst) == len(src) == len(sizes) == count
     (each,) = attributes
     in_stream_order = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -161,8 +187,9 @@ def copy_batch(dst: Any, src: Any, sizes: Any, count: int, attributes: Any, *_: 
 
 
 def copy_rows(
-    dst: int, dst_pitch: int, src: int, src_pitch: int, width: int, rows: int, *_: Any
+    dst: int, dst_pitch: int, src: int, src_pitch: int, width: int, rows: int, _: Any, stream: int
 ) -> None:
+    asked.append(("rows", stream))
     assert min(dst_pitch, src_pitch) >= width
     for row in range(rows):
         ctypes.memmove(dst + row * dst_pitch, src + row * src_pitch, width)
@@ -172,7 +199,8 @@ def in_cpu_memory(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     def call(*args: Any, **options: Any) -> torch.Tensor:
         if torch.device(options.get("device") or CPU).type == "cuda":
             options["device"] = CPU
-        options.pop("pin_memory", None)
+        if options.pop("pin_memory", None):
+            pinned.append(options)
         return make(*args, **options)
 
     return call

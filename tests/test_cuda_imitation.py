@@ -1,4 +1,4 @@
-"""tests/test_cuda.py without a GPU: what it runs calls torch.cuda and cuda-bindings as they are."""
+"""What needs a GPU, without one: it calls torch.cuda and cuda-bindings as they are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 TESTS = Path(__file__).parent
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py runs on the GPU that is here")
-def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
+
+def run(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "imitation_cuda", "-q", "-rs"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(TESTS / "test_cuda.py")],
+        [*command, "-p", "no:cacheprovider", str(TESTS / file)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))},
         capture_output=True,
         text=True,
@@ -26,3 +27,11 @@ def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
+
+
+def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
+    run("test_cuda.py")
+
+
+def test_each_call_of_the_seam_asks_for_the_right_thing_on_the_right_stream() -> None:
+    run("cuda_calls.py")

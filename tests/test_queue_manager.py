@@ -406,6 +406,8 @@ def test_an_unknown_path_or_too_small_slots_are_refused():
         transfer_queue(world.layout, world.pool, path="fast")
     from triton_offload.pool.host_pool import HostPool
 
+    pool = HostPool.allocate(HostDevice(), 4, 10)
     with pytest.raises(ValueError, match="pool: expected slots of at least 64 bytes, got 10"):
-        transfer_queue(world.layout, HostPool.allocate(HostDevice(), 4, 10))
+        transfer_queue(world.layout, pool)
+    pool.close()
     world.close()

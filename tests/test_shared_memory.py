@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -11,9 +12,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from triton_offload.pool import shared_memory
 from triton_offload.pool.shared_memory import create, join
 
 SIZE = 8192
@@ -139,12 +142,78 @@ def test_nobody_joins_through_a_link(path):
     assert target.stat().st_size == SIZE
 
 
-def test_nobody_joins_what_others_can_open(path):
+@pytest.mark.parametrize("mode", [0o640, 0o620, 0o610, 0o604, 0o602, 0o601, 0o644])
+def test_nobody_joins_what_others_can_open(path, mode):
     path.write_bytes(bytes(SIZE))
-    path.chmod(0o644)
+    path.chmod(mode)
     with pytest.raises(PermissionError, match="expected a file of this user alone"):
         join(str(path), SIZE, 2, 60)
     assert path.stat().st_size == SIZE  # somebody else's, perhaps: it is left alone
+
+
+def test_nobody_joins_what_another_user_made(path, monkeypatch):
+    path.write_bytes(bytes(SIZE))
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="expected a file of this user alone"):
+        join(str(path), SIZE, 2, 60)
+
+
+def test_the_last_that_comes_between_two_looks_is_no_rank_that_gave_up(path, monkeypatch):
+    path.write_bytes(bytes(SIZE + 1))
+    looks, real = [], os.fstat
+
+    def look(handle):
+        found = real(handle)
+        looks.append(found)
+        if len(looks) == 1:  # right after the first look, whatever it is for
+            os.write(handle, b"\0")
+            path.unlink()
+        return found
+
+    handle = os.open(path, os.O_RDWR | os.O_APPEND)
+    monkeypatch.setattr(os, "fstat", look)
+    shared_memory._wait_for_all(handle, str(path), SIZE, 3, time.monotonic() + 60)
+    os.close(handle)
+    assert len(looks) == 2
+
+
+def test_all_memory_is_taken_before_anybody_maps_it(path):
+    with ThreadPoolExecutor() as threads:
+        made = threads.submit(create, str(path), SIZE, 2, 60)
+        until(lambda: path.exists() and path.stat().st_size == SIZE)
+        assert path.stat().st_blocks * 512 >= SIZE
+        join(str(path), SIZE, 2, 60)
+        made.result(60)
+
+
+def test_where_there_is_no_room_the_error_says_for_what(path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    message = rf"no {SIZE} bytes for the host pool: No space left on device: '{path}'"
+    with pytest.raises(OSError, match=message) as raised:
+        create(str(path), SIZE, 2, 60)
+    assert raised.value.errno == errno.ENOSPC
+    assert not path.exists()
+
+
+def test_a_rank_waits_as_long_as_memory_is_being_taken_and_no_longer(path, monkeypatch):
+    monkeypatch.setattr(shared_memory, "_POLL_SECONDS", 0.01)
+    sizes = [(0, i) for i in range(20)]
+
+    def look(handle):
+        size, blocks = sizes.pop(0)
+        return SimpleNamespace(st_size=size, st_blocks=blocks)
+
+    monkeypatch.setattr(os, "fstat", look)
+    sizes.append((SIZE, 20))
+    shared_memory._wait_for_maker(0, str(path), 0.05)
+    assert not sizes
+    sizes[:] = [(0, 7)] * 1000
+    with pytest.raises(TimeoutError, match="was not made ready in time"):
+        shared_memory._wait_for_maker(0, str(path), 0.05)
 
 
 @pytest.mark.parametrize(("size", "num_ranks"), [(SIZE + 4096, 3), (SIZE - 4096, 3), (SIZE, 1)])
@@ -158,7 +227,7 @@ def test_a_rank_with_another_idea_of_the_pool_ends_the_set_up_for_all(path, size
     assert not path.exists()
 
 
-@pytest.mark.parametrize("step", ["ftruncate", "fchmod", "mmap"])
+@pytest.mark.parametrize("step", ["posix_fallocate", "fchmod", "mmap"])
 def test_an_error_while_the_file_is_made_leaves_none(path, step, monkeypatch):
     def fail(*args):
         raise OSError(28, "no space left")

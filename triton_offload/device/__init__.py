@@ -23,7 +23,7 @@ def device_for(device: torch.device, calibration: Calibration | None = None) -> 
 
         cuda: Device = CUDADevice(device, calibration)
         return cuda
-    raise ValueError(f"device: expected a cpu or cuda tensor, got one on {device}")
+    raise ValueError(f"kv_caches: expected tensors on a cpu or cuda device, got some on {device}")
 
 
 __all__ = ["Device", "DeviceLostError", "device_for"]

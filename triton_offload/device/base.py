@@ -37,7 +37,7 @@ class Background(Protocol):
         """Call it soon, if it waits for this."""
 
     def stop(self) -> None:
-        """Call it no more, and return when no call is under way. Idempotent."""
+        """Call it no more, and return when no call is under way (but its caller's). Idempotent."""
 
 
 class Device(Protocol):
@@ -58,15 +58,28 @@ class Device(Protocol):
     def sleep(self, seconds: float) -> None:
         """Let the calling thread pause."""
 
-    def background(self, name: str, step: Callable[[], float | None]) -> Background:
+    def background(
+        self,
+        name: str,
+        step: Callable[[], float | None],
+        orphaned: Callable[[], None] | None = None,
+    ) -> Background:
         """Call `step` on a thread of its own until `stop`: again after the seconds that it
         returned, or, where it returned None, when woken; after `math.inf` seconds means never, and
-        the thread ends. It must not raise."""
+        the thread ends. It must not raise.
+
+        A bound method is held weakly. When its object is gone, though nobody called `stop`, the
+        thread calls `orphaned`, which may block and must not hold the object, and ends.
+        """
 
     # -- streams and events --
 
     def current_stream(self) -> Stream | None:
         """The calling thread's compute stream; None where compute is done when it returns."""
+
+    def check_stream(self, stream: Stream | None) -> None:
+        """Raise ValueError that names `stream` unless the device can follow it: one of its own, or
+        None, which stands for the current stream."""
 
     def capturing(self) -> bool:
         """Whether the calling thread's stream captures a graph: nothing may be queued then."""

@@ -47,6 +47,14 @@ class CUDADevice(RealTime):
     def current_stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.torch_device)
 
+    def check_stream(self, stream: torch.cuda.Stream | None) -> None:
+        if stream is None:
+            return
+        if not isinstance(stream, torch.cuda.Stream) or stream.device != self.torch_device:
+            raise ValueError(
+                f"stream: expected a torch.cuda.Stream on {self.torch_device}, got {stream!r}"
+            )
+
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
@@ -92,14 +100,16 @@ class CUDADevice(RealTime):
     # -- memory --
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        with torch.inference_mode(False):
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
         # torch may hand out memory that what is queued on its own stream still uses; streams of
         # ours know nothing of that. Buffers are made where blocking is allowed.
         torch.cuda.current_stream(self.torch_device).synchronize()
         return buffer
 
     def empty_indices(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):
+            return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def register(self, host: torch.Tensor) -> bool:
         with torch.cuda.device(self.torch_device):  # another thread has another current device
@@ -109,7 +119,8 @@ class CUDADevice(RealTime):
         return int(error) == 0
 
     def unregister(self, host: torch.Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
     # -- work --
 

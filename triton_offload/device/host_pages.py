@@ -8,7 +8,7 @@ slice of rows that stays in the cache goes through a temporary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
 
 import torch
@@ -35,9 +35,14 @@ def gather(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, tuned."""
+    """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, tuned.
+
+    `check` is called between two tensors; what it raises ends the work there.
+    """
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
+        check()
         _move(pages, blocks, places, chunks)
 
 
@@ -47,9 +52,11 @@ def scatter(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
+        check()
         _move(places, chunks, pages, blocks)
 
 
@@ -70,7 +77,7 @@ def _operands(
     one for each chunk 0.3 to 0.5, this 0.5 to 0.65 (two cores of an EPYC).
     """
     blocks = _as_rows(block_ids)
-    number = first_block + torch.arange(len(block_ids))
+    number = first_block + torch.arange(len(block_ids), device="cpu")
     slot = slot_ids[number // table.blocks_per_chunk]
     position = number % table.blocks_per_chunk
     numbered: dict[tuple[int, int], _Rows] = {}  # places of many tensors have the same numbers

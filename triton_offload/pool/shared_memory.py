@@ -27,7 +27,7 @@ def create(path: str, num_bytes: int, num_ranks: int, timeout: float) -> mmap.mm
     handle = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.fchmod(handle, 0o600)  # whatever the umask took away
-        os.ftruncate(handle, num_bytes)
+        _take(handle, path, num_bytes)
         memory = mmap.mmap(handle, num_bytes)
         _wait_for_all(handle, path, num_bytes, num_ranks, time.monotonic() + timeout)
         return memory
@@ -39,28 +39,45 @@ def create(path: str, num_bytes: int, num_ranks: int, timeout: float) -> mmap.mm
 def join(path: str, num_bytes: int, num_ranks: int, timeout: float) -> mmap.mmap:
     """Map what another process makes, or is about to make, with `create`.
 
-    Raises PermissionError for what is not a file of this user alone, ValueError for another size,
-    TimeoutError where the file or another rank does not come, RuntimeError where another gave up.
-    A rank that gives up takes the file's name with it: its maker may be gone, and the others see
-    by it that they wait in vain.
+    `timeout`: seconds in which nothing happens. Raises PermissionError for what is not a file of
+    this user alone, ValueError for another size, TimeoutError where the file or another rank does
+    not come, RuntimeError where another gave up. A rank that gives up takes the file's name with
+    it: its maker may be gone, and the others see by it that they wait in vain.
     """
-    deadline = time.monotonic() + timeout
-    handle = _open(path, deadline)
+    handle = _open(path, time.monotonic() + timeout)
     try:
         _check_private(handle, path)
         try:
-            while os.fstat(handle).st_size == 0:  # its maker has just begun
-                _pause(deadline, f"path: {path} was not made ready")
+            _wait_for_maker(handle, path, timeout)
             _check_size(handle, path, num_bytes, num_ranks)
             memory = mmap.mmap(handle, num_bytes)
             # Each that joins appends one byte: the file's size counts them, and none is lost.
             os.write(handle, b"\0")
-            _wait_for_all(handle, path, num_bytes, num_ranks, deadline)
+            _wait_for_all(handle, path, num_bytes, num_ranks, time.monotonic() + timeout)
         finally:
             _unlink(handle, path)
         return memory
     finally:
         os.close(handle)
+
+
+def _take(handle: int, path: str, num_bytes: int) -> None:
+    """Give the file its size, and all of its memory: what is touched where there is none, in a full
+    /dev/shm, kills the process (SIGBUS)."""
+    try:
+        os.posix_fallocate(handle, 0, num_bytes)  # its size is there when all else is
+    except OSError as error:
+        text = f"no {num_bytes} bytes for the host pool: {error.strerror}"
+        raise OSError(error.errno, text, path) from error
+
+
+def _wait_for_maker(handle: int, path: str, timeout: float) -> None:
+    """Until the file has its size; while its memory is being taken, for as long as that takes."""
+    blocks, deadline = 0, time.monotonic() + timeout
+    while (found := os.fstat(handle)).st_size == 0:
+        if found.st_blocks != blocks:
+            blocks, deadline = found.st_blocks, time.monotonic() + timeout
+        _pause(deadline, f"path: {path} was not made ready")
 
 
 def _open(path: str, deadline: float) -> int:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from triton_offload.device.threads import weakly
+
 
 class Background:
-    """See `device.base.Background`. The scheduler calls it, where the host blocks or sleeps."""
+    """See `device.base.Background`. The scheduler calls it, where the host blocks or sleeps; once
+    the step's object is gone, no more."""
 
     def __init__(
         self, name: str, step: Callable[[], float | None], now: float, tasks: list[Background]
     ) -> None:
         self.name = name
         self.at: float = now  # not before this virtual time
-        self._step = step
+        self._step_of = weakly(step, lambda: None)
         self._tasks = tasks
         tasks.append(self)
         self._sleeps = False
@@ -33,10 +36,14 @@ class Background:
             self._tasks.remove(self)
 
     def run(self, now: Callable[[], float]) -> None:
+        step = self._step_of()
+        if step is None:
+            self.stop()
+            return
         self._runs = True
         self._sleeps = True  # unless it is woken while it runs
         try:
-            seconds = self._step()
+            seconds = step()
         finally:
             self._runs = False
         if seconds == math.inf:

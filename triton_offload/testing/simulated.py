@@ -127,7 +127,12 @@ class SimulatedDevice(Controls):
         self._simulation.enter("sleep", though_lost=True)
         self._simulation.sleep(seconds)
 
-    def background(self, name: str, step: Callable[[], float | None]) -> Background:
+    def background(
+        self,
+        name: str,
+        step: Callable[[], float | None],
+        orphaned: Callable[[], None] | None = None,  # its memory goes with the simulation
+    ) -> Background:
         self._simulation.note_call("background", though_lost=True)
         return Background(name, step, self._simulation.now, self._simulation.tasks)
 
@@ -136,6 +141,13 @@ class SimulatedDevice(Controls):
     def current_stream(self) -> Stream:
         self._simulation.note_call("current_stream")
         return self.compute_stream
+
+    def check_stream(self, stream: Stream | None) -> None:
+        self._simulation.note_call("check_stream")
+        if stream is not None and not any(stream is each for each in self.streams):
+            raise ValueError(
+                f"stream: expected an open stream of this simulated device, got {stream!r}"
+            )
 
     def capturing(self) -> bool:
         self._simulation.note_call("capturing")

@@ -85,6 +85,7 @@ class Pipeline:
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
         self._lanes: dict[str, Lane] = {}  # those that are not closed
         with ExitStack() as undo:
+            dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
             for name, direction in _LANES.items():
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
                 paths = PathQueue(
@@ -97,6 +98,7 @@ class Pipeline:
                     buffer_bytes=buffer_bytes,
                 )
                 undo.callback(paths.close)
+                dropped.callback(paths.close)
                 self._lanes[name] = Lane(
                     name,
                     direction,
@@ -108,7 +110,9 @@ class Pipeline:
                     window_bytes=options.window_bytes,
                     contents=contents if direction is Direction.STORE else None,
                 )
-            self._feeder = self._device.background("triton-offload-feeder", self._feed)
+            self._feeder = self._device.background(
+                "triton-offload-feeder", self._feed, dropped.close
+            )
             undo.pop_all()
 
     def submit(
@@ -126,6 +130,7 @@ class Pipeline:
         Raises ValueError for ids that are out of range or written twice, RuntimeError while the
         stream captures a graph or after `shutdown`; nothing is queued then.
         """
+        self._device.check_stream(stream)
         runs = self._open_layout().plan(direction, device_spec, host_spec, self._num_slots)
         if self._device.capturing():
             raise RuntimeError(
@@ -213,8 +218,11 @@ class Pipeline:
         """Let `stream` follow the job's release, without the host.
 
         Blocks only while part of the job is still in the backlog, for then its last event is not
-        recorded yet.
+        recorded yet. Raises ValueError for what is no stream of the device.
         """
+        if stream is None:
+            raise ValueError("stream: expected the one that is to follow the job, got None")
+        self._device.check_stream(stream)
         deadline = None if timeout is None else self._device.monotonic() + timeout
         while True:
             with self._lock:

@@ -1,0 +1,107 @@
+"""The host device's copies of pages equal the reference, wherever ids lie and words end."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from triton_offload.device import host_pages
+from triton_offload.kernels import reference
+from triton_offload.kernels.table import PageTable
+
+POISON = 0xA5
+
+
+def check(pages, blocks_per_chunk, blocks, slots, first, apart=0):
+    """Both ways, from and to memory that is poisoned first; `apart`: bytes between two slots."""
+    generator = torch.Generator().manual_seed(0)
+    caches = [
+        torch.randint(0, 256, (max(blocks) + 2, size), dtype=torch.uint8, generator=generator)
+        for size in pages
+    ]
+    table = PageTable(caches, blocks_per_chunk)
+    ids = torch.tensor(blocks), torch.tensor(slots)
+    shape = (max(slots) + 2, table.slot_bytes + apart)
+    ours, wanted = (torch.full(shape, POISON, dtype=torch.uint8) for _ in range(2))
+    ours, wanted = (each[:, : table.slot_bytes] for each in (ours, wanted))
+    host_pages.gather(table, ids[0], ours, ids[1], first)
+    reference.gather_pages(table, ids[0], wanted, ids[1], first_block=first)
+    assert torch.equal(ours, wanted)
+    found = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache.fill_(POISON)
+    host_pages.scatter(table, ids[0], ours, ids[1], first)
+    for cache, before in zip(caches, found, strict=True):
+        expected = torch.full_like(cache, POISON)
+        expected[blocks] = before[blocks]
+        assert torch.equal(cache, expected)
+
+
+def ids(count, consecutive, rng):
+    first = rng.randrange(4)
+    return [first + i for i in range(count)] if consecutive else rng.sample(range(2 * count), count)
+
+
+@pytest.mark.parametrize("pages", [(16,), (8, 24), (4, 4), (2, 6), (1, 3), (48, 577, 16)])
+@pytest.mark.parametrize("in_order", [(False, False), (True, False), (False, True), (True, True)])
+def test_pages_equal_the_reference(pages, in_order):
+    rng = random.Random(0)
+    for span, first, count, apart in [(1, 0, 1, 0), (1, 0, 9, 8), (3, 2, 11, 4), (4, 1, 6, 2)]:
+        chunks = -(-(first + count) // span)
+        check(
+            pages,
+            span,
+            ids(count, in_order[0], rng),
+            ids(chunks, in_order[1], rng),
+            first,
+            apart,
+        )
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch):
+    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 4 * 64)
+    rng = random.Random(0)
+    for slices in (1, 2):
+        count = 4 * slices + more
+        check((64,), 1, ids(count, False, rng), ids(count, False, rng), 0)
+
+
+def test_pages_wider_than_a_slice_go_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 32)
+    check((64,), 1, [5, 2, 0], [3, 0, 4], 0)
+
+
+def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch):
+    taken = []
+    select = torch.Tensor.index_select
+
+    def noted(self, *args):
+        taken.append(found := select(self, *args))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "index_select", noted)
+    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 4 * 64)
+    check((64,), 1, [9, 5, 2, 0, 7, 3], [3, 0, 4, 9, 1, 7], 0)
+    assert max(each.numel() * each.element_size() for each in taken) == 4 * 64
+
+
+def test_between_two_tensors_it_can_be_ended():
+    table = PageTable([torch.ones(2, 8, dtype=torch.uint8) for _ in range(3)], 1)
+    slots = torch.zeros(2, table.slot_bytes, dtype=torch.uint8)
+    calls = iter(())
+
+    def end_at_the_third():
+        if next(calls, 1):
+            raise KeyError("end")
+
+    each = torch.tensor([0, 1])
+    for move in (host_pages.gather, host_pages.scatter):
+        calls = iter([None, None])
+        with pytest.raises(KeyError, match="end"):
+            move(table, each, slots, each, 0, end_at_the_third)
+        assert int(slots.sum()) == (2 * 2 * 8 if move is host_pages.gather else slots.numel() * 2)
+        slots.fill_(2)
+    assert [page.view.unique().tolist() for page in table.pages] == [[2], [2], [1]]
