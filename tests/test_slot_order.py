@@ -434,6 +434,7 @@ def test_who_leaves_waits_no_longer():
     first = order.enter(1, Disk(), CPULoadStoreSpec([3]))
     second = order.enter(2, CPULoadStoreSpec([3, 4]), Disk())
     second.leave()
+    assert second.come.is_set()
     second.wait()
     third = order.enter(3, Disk(), CPULoadStoreSpec([4]))
     assert third.come.is_set()
