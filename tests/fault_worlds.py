@@ -288,10 +288,11 @@ class FaultWorld(ABC):
         raise AssertionError(f"could not be closed: {self.raised[-1]}")
 
     def check_freed(self, *, streams: int = 0, pieces: int = 0) -> None:
-        """Nothing is left but so many streams and pieces of pinned memory that gave an error."""
-        assert len(self.device.streams) == 2 + streams
+        """Nothing is left but, at most, so many streams and pieces of pinned memory that gave an
+        error."""
+        assert len(self.device.streams) <= 2 + streams
         assert self.device.background_names == []
-        assert self.device.num_registered == pieces
+        assert self.device.num_registered <= pieces
         assert threading.active_count() == self.threads
         if not self.device.lost:
             self.device.drain()

@@ -22,6 +22,7 @@ from triton_offload.scheduler.policies import FreeSlots, LRUPolicy
 from triton_offload.specs import Direction
 from triton_offload.testing import SimulatedDevice, Stuck
 from triton_offload.transfer import ranges
+from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.lane import Job, Lane
 from triton_offload.transfer.paths import PathQueue
 from triton_offload.transfer.pipeline import Pipeline
@@ -140,10 +141,10 @@ def a_load_does_not_wait_for_compute():
 @mutant("1", scenarios.earlier_compute_only)
 def compute_is_recorded_when_the_job_starts():
     def make(start):
-        def start_late(self, job):
+        def start_late(self, job, path):
             if job.compute is not None:
                 self._device.record(job.compute, self._device.current_stream())
-            start(self, job)
+            start(self, job, path)
 
         return start_late
 
@@ -305,16 +306,17 @@ def a_scatter_does_not_wait_for_its_copy():
 
 @mutant("4", serving("staged"))
 def ids_are_freed_when_they_are_queued():
-    def make(fly):
-        def fly_and_free(self, work):
-            if work.holds_ids:
+    def make(queue):
+        def queue_and_free(self, job, planned):
+            queued = queue(self, job, planned)
+            if queued and self.lost is None:
                 self._indices.free()
-                work.holds_ids = False
-            fly(self, work)
+                self._in_flight[-1].holds_ids = False
+            return queued
 
-        return fly_and_free
+        return queue_and_free
 
-    return _instead(Lane, "_fly", make)
+    return _instead(Lane, "_queue_segment", make)
 
 
 @mutant("4", serving("staged, hybrid"))
@@ -352,7 +354,7 @@ def the_last_job_goes_first():
     return _instead(Lane, "submit", make)
 
 
-@mutant("5", serving("crossing paths"))
+@mutant("5", scenarios.two_stores_and_a_load)
 def paths_change_without_settling():
     def make(queue):
         def queue_unsettled(self, job, piece):
@@ -462,7 +464,7 @@ def _without_marks(**nothing: tuple[int, ...]) -> Patch:
     def make(mark):
         return lambda self, run: replace(mark(self, run), **nothing)
 
-    return _instead(Pipeline, "_mark_slots", make)
+    return _instead(SlotContents, "store", make)
 
 
 @mutant("8", serving("staged"))
@@ -504,14 +506,7 @@ def gaps_between_pages_are_not_cleared():
 
 @mutant("stale bytes: a failed job", scenarios.a_slot_after_a_failure)
 def a_failed_store_is_taken_to_have_cleared_its_slots():
-    def make(finish):
-        def finish_clean(self, job):
-            finish(self, job)
-            job.runs = []
-
-        return finish_clean
-
-    return _instead(Lane, "_finish", make)
+    return patch.object(SlotContents, "doubt", lambda self, runs: None)
 
 
 # -- 9: reports --
@@ -597,20 +592,15 @@ def a_failure_on_the_device_is_not_noticed():
 
 @mutant("9, a cancelled job", serving("staged"))
 def a_job_that_has_started_is_taken_back():
-    def cancel(self, job):
-        job.cancelled = True
-        return True
-
-    return patch.object(Lane, "cancel", cancel)
+    return patch.object(Lane, "can_cancel", lambda self, job: True)
 
 
 @mutant("9, a cancelled job", serving("staged, window"))
 def a_job_that_was_taken_back_runs():
     def make(cancel):
         def cancel_in_words(self, job):
-            taken = cancel(self, job)
+            cancel(self, job)
             job.cancelled = False
-            return taken
 
         return cancel_in_words
 
@@ -659,7 +649,7 @@ def wait_consumes_results():
 
 @mutant("shutdown", scenarios.shutdown)
 def shutdown_drops_the_backlog():
-    return patch.object(Pipeline, "_unfinished", lambda self: [])
+    return patch.object(Pipeline, "_unfinished", lambda self, name=None: [])
 
 
 @mutant("shutdown", scenarios.shutdown)
@@ -760,7 +750,7 @@ def the_chunk_of_a_failed_store_is_loaded():
 
 @mutant("the seam: kernels reach registered memory only", scenarios.before_the_pool_is_pinned)
 def a_kernel_reaches_memory_that_is_not_pinned():
-    return patch.object(Pipeline, "_zero_copy_allowed", lambda self: True)
+    return patch.object(PathQueue, "reaches_pool", True)
 
 
 @mutant("the seam: sources of a batch in stream order", serving("copy engine"))

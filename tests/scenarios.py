@@ -172,6 +172,16 @@ def two_stores_of_a_slot(seed: int) -> None:
         b.memory.check_all()
 
 
+def two_stores_and_a_load(seed: int) -> None:
+    """Stores that end on different streams; the load of what both wrote waits for the last alone."""
+    with bench(seed, paths=CROSSING_PATHS) as b:
+        b.store(range(8), range(4))
+        b.store(range(8, 10), range(4, 5))
+        b.end(b.load(range(10, 20), range(5)))
+        b.device.drain()
+        b.memory.check_all()
+
+
 def burst(seed: int) -> None:
     """Far more work than a stream holds, at once."""
     with bench(seed, SINGLE, max_indices=1 << 16) as b:

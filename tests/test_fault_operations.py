@@ -216,13 +216,14 @@ def test_a_full_pool_refuses_and_loses_nothing():
 def test_what_a_lane_raises_ends_its_job_alone():
     world = begun("queue manager", 1, Path.STAGED)
     lane = world.pipeline._lanes["store"]
-    mark_slots, world.injected = lane._mark_slots, InjectedError("injected: slots not marked")
+    contents = lane._contents
+    world.injected = InjectedError("injected: slots not marked")
 
     def fail_once(run):
-        lane._mark_slots = mark_slots
+        del contents.store
         raise world.injected
 
-    lane._mark_slots = fail_once
+    contents.store = fail_once
     world.work()
     assert [job.result.error for job in world.failed] == [world.injected]
     assert not world.raised

@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from fault_levels import LEVELS, OffloaderWorld, begun
+from fault_levels import LEVELS, OffloaderWorld, QueueWorld, begun
 from fault_worlds import EVERY, SEAM, WAITING, causes
 
 from triton_offload.calibration import Path
@@ -144,6 +144,8 @@ def test_a_shutdown_that_fails_frees_what_it_can(call, level, times):
     if pieces or (isinstance(world, OffloaderWorld) and call not in WAITING):
         world.check_freed(streams=streams, pieces=pieces)  # by one call, where it could wait
     world.close()
+    if isinstance(world, QueueWorld):  # what could not be closed is tried again
+        streams = 0
     world.check_freed(streams=streams, pieces=pieces)
     world.check_memory_freed()
 

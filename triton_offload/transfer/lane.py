@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from triton_offload.calibration import Path, PathTable
-from triton_offload.device.base import Device, DeviceLostError, Event
+from triton_offload.device.base import Device, DeviceLostError, Event, Stream
 from triton_offload.specs import Direction, TransferResult, TransferStatus
-from triton_offload.transfer.layout import CacheLayout, GroupRun
-from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment, SlotMarks
+from triton_offload.transfer.closing import CloseSteps
+from triton_offload.transfer.contents import SlotContents, SlotMarks
+from triton_offload.transfer.layout import GroupRun
+from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment
 from triton_offload.transfer.staging import IndexRing
 
 # Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
@@ -31,19 +34,21 @@ _FALLBACK = {
 class Job:
     """One transfer, from submission to its report.
 
-    `compute`: what was queued on the engine's stream at submission. `after`: jobs of other lanes
-    on the same slots. `start`: None where it could not be marked, and the job is not timed.
-    `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page or a
-    slot any more, and `result` says how it ended.
+    `lane`: its name. `sequence`: its number among the lane's jobs. `compute`: what was queued on
+    the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
+    something of it may be queued. `start`: None where it could not be marked, and the job is not
+    timed. `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page
+    or a slot any more, `result` says how it ended, and it keeps neither ids nor events.
     """
 
     job_id: int
     direction: Direction
+    lane: str
+    sequence: int
+    num_bytes: int
     runs: list[GroupRun]
     compute: Event | None
     after: list[Job]
-    lane: Lane
-    sequence: int
     planned: Iterator[_Planned] | None = None
     held: _Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None
@@ -59,70 +64,68 @@ class Job:
     result: TransferResult | None = None
 
     @property
-    def num_bytes(self) -> int:
-        return sum(run.num_bytes for run in self.runs)
-
-    @property
     def released(self) -> Event | None:
         """Once all of it is queued: what its pages are the engine's after (ordering rule 3)."""
         # Of a job that failed, what came after its last whole segment may still touch them.
         return self.end if self.last is None or self.error is not None else self.last.released
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """What one segment is made of, in whatever path it crosses."""
+class _Planned(NamedTuple):
+    """What one segment is made of, and the path that it is to cross by."""
 
     path: Path
     run: GroupRun
-    marks: SlotMarks
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """What the lane waits for next: a queued segment, or the end of a job (`ends`)."""
+    """What the lane waits for next: a queued segment, or the end of a job (`ends`).
+
+    `holds_ids`: the oldest ids in the ring are free when it is over.
+    """
 
     job: Job
     events: tuple[Event, ...]
     done: Event
     num_ops: int
-    num_bytes: int
-    holds_ids: bool
-    ends: bool
+    num_bytes: int = 0
+    holds_ids: bool = False
+    ends: bool = False
 
 
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
 
-    `mark_slots` is asked once for every segment, in the order in which they are queued.
+    `contents`: what the pool's slots hold, for stores; loads change nothing there.
     """
 
     def __init__(
         self,
-        device: Device,
-        layout: CacheLayout,
+        name: str,
         direction: Direction,
+        device: Device,
         paths: PathQueue,
         table: PathTable,
         *,
+        blocks_per_chunk: int,
         max_indices: int,
         window_bytes: int | None,
-        zero_copy_allowed: Callable[[], bool],
-        mark_slots: Callable[[GroupRun], SlotMarks],
+        contents: SlotContents | None,
     ) -> None:
+        self.name = name
         self.direction = direction
         self.paths = paths
         self.finished: list[Job] = []  # to be reported
         #: why nothing can be queued any more
         self.lost: DeviceLostError | None = None
         self._device = device
-        self._layout = layout
         self._table = table
         self._window_bytes = window_bytes
-        self._zero_copy_allowed = zero_copy_allowed
-        self._mark_slots = mark_slots
-        self._indices = IndexRing(device, max_indices)
-        self._max_segment_indices = max_indices // 4
+        self._contents = contents
+        # A segment takes at most a quarter, and holds at least one chunk.
+        ids_of_chunk = blocks_per_chunk + 1
+        self._indices = IndexRing(device, max(max_indices, 4 * ids_of_chunk))
+        self._max_chunks = self._indices.capacity // 4 // ids_of_chunk
         self._backlog: deque[Job] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._num_ops = 0
@@ -131,6 +134,7 @@ class Lane:
         self._broken: set[Path] = set()
         self._last_path: Path | None = None
         self._drained = False  # lost, but all that was queued has ended well or not
+        self._closing = CloseSteps(paths.close, self._indices.close)
 
     @property
     def has_backlog(self) -> bool:
@@ -151,16 +155,20 @@ class Lane:
     ) -> Job:
         """Accept a job; `pump` queues it."""
         self._sequence += 1
-        job = Job(job_id, self.direction, runs, compute, after, self, self._sequence)
+        num_bytes = sum(run.num_bytes for run in runs)
+        job = Job(
+            job_id, self.direction, self.name, self._sequence, num_bytes, runs, compute, after
+        )
         self._backlog.append(job)
         return job
 
-    def cancel(self, job: Job) -> bool:
-        """Take a job back that nothing has been queued of."""
-        if job.started or job.queued or job.cancelled:
-            return False
+    def cancel(self, job: Job) -> None:
+        """Take back a job that `can_cancel` allows; it is reported when its turn comes."""
         job.cancelled = True
-        return True
+
+    def can_cancel(self, job: Job) -> bool:
+        """Whether nothing of the job has been queued."""
+        return not (job.started or job.queued or job.cancelled)
 
     def pump(self) -> None:
         """Retire what is done and queue what fits. Never blocks on the device."""
@@ -179,54 +187,29 @@ class Lane:
             self._end(job)
 
     def close(self) -> None:
-        """Free the streams and the buffers; everything queued has ended. Idempotent."""
-        self._indices.close()
-        self.paths.close()
+        """Free the streams and the buffers; everything queued has ended. Idempotent; what could not
+        be freed is tried again by the next call."""
+        self._closing.run()
 
     def _queue_job(self, job: Job) -> bool:
         """Queue the job's segments; False where the rest must wait for room."""
-        if not job.started:
-            self._start(job)
-        assert job.planned is not None
+        if job.planned is None:
+            job.planned = self._split(job.runs)
         while job.error is None:
             job.held = job.held or next(job.planned, None)
             if job.held is None:
-                return True
+                # A job of no blocks is an event to record, and room for that is bounded too.
+                return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
             if not self._has_room(job.held.run) or not self._queue_segment(job, job.held):
                 return False
+            job.held = None
         return True
 
-    def _start(self, job: Job) -> None:
-        job.started = True
-        try:
-            start = self._device.new_event(timed=True)
-            # The stream that the job's first operation is queued on tells when it starts.
-            first = self.paths.copies if self._starts_on_copies(job) else self.paths.kernels
-            self._device.record(start, first)
-            job.start = start
-        except DeviceLostError:
-            raise
-        except Exception:
-            pass  # no reason to fail a job whose bytes may still land
-        job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
-        ends = [other.end for other in job.after if not other.finished and other.end is not None]
-        job.slots = Gate(self._device, ends)
-        job.planned = self._split(job)
-
-    def _starts_on_copies(self, job: Job) -> bool:
-        if not job.runs:
-            return False
-        path = self._choose(job.runs[0])
-        return path is Path.COPY_ENGINE or (
-            path is Path.STAGED and self.direction is Direction.LOAD
-        )
-
-    def _split(self, job: Job) -> Iterator[_Planned]:
-        for run in job.runs:
+    def _split(self, runs: list[GroupRun]) -> Iterator[_Planned]:
+        for run in runs:
             path = self._choose(run)
-            most = max(1, self._max_segment_indices // (self._layout.blocks_per_chunk + 1))
-            for part in run.split(min(most, self.paths.max_chunks(path, run))):
-                yield _Planned(path, part, self._mark_slots(part))
+            for part in run.split(max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))):
+                yield _Planned(path, part)
 
     def _choose(self, run: GroupRun) -> Path:
         table = run.group.table
@@ -235,10 +218,11 @@ class Lane:
         return self._allowed(path)
 
     def _allowed(self, path: Path) -> Path:
-        if path is Path.ZERO_COPY and not self._zero_copy_allowed():
+        if path is Path.ZERO_COPY and not self.paths.reaches_pool:
             path = Path.STAGED
-        while path in self._broken:  # ends, for `_abandon` leaves one that is not
-            path = _FALLBACK[path]
+        for _ in _FALLBACK:  # one that is not broken is at most two steps away: see `_abandon`
+            if path in self._broken:
+                path = _FALLBACK[path]
         return path
 
     def _has_room(self, run: GroupRun) -> bool:
@@ -249,47 +233,92 @@ class Lane:
         return self._num_ops < _MAX_QUEUED_OPS
 
     def _queue_segment(self, job: Job, planned: _Planned) -> bool:
-        """Queue one segment; False where its ids must wait for room."""
-        assert job.pages is not None
-        assert job.slots is not None
+        """Queue one segment, or fail the job; False where its ids must wait for room.
+
+        A segment is tried twice at most: by its path, and by the one that stands in for that.
+        """
         run = planned.run
-        ids = self._indices.take(run.block_ids, run.slot_ids)
-        if ids is None:
+        if not self._indices.has_room(len(run.block_ids) + len(run.slot_ids)):
             return False
         path = self._allowed(planned.path)
+        if not job.started:
+            self._start(job, path)
+        # Only now: of what is cancelled or refused before this, the slots keep what they held.
+        marks = self._contents.store(run) if self._contents is not None else SlotMarks()
+        ids = self._indices.take(run.block_ids, run.slot_ids)
+        assert ids is not None
+        segment = Segment(run, ids[0], ids[1], marks)
+        error = self._try(job, segment, path)
+        if error is not None and self.lost is None:
+            stands_in = self._abandon(path)
+            if stands_in is not None:
+                error = self._try(job, segment, stands_in)
+                if error is not None and self.lost is None:
+                    self._abandon(stands_in)
+        if error is not None:
+            job.error = error
+        if self.lost is None:  # whichever try was the last, its end gives the ids back
+            self._in_flight[-1].holds_ids = True
+        return True
+
+    def _start(self, job: Job, path: Path) -> None:
+        """The job's first segment is about to be queued."""
+        job.started = True
+        try:
+            start = self._device.new_event(timed=True)
+            self._device.record(start, self._first_stream(path))
+            job.start = start
+        except DeviceLostError:
+            raise
+        except Exception:
+            pass  # no reason to fail a job whose bytes may still land
+        job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
+        ends = [other.end for other in job.after if not other.finished and other.end is not None]
+        job.slots = Gate(self._device, ends)
+
+    def _first_stream(self, path: Path) -> Stream:
+        """The stream that the first operation of a segment is queued on."""
+        copies_first = path is Path.COPY_ENGINE or (
+            path is Path.STAGED and self.direction is Direction.LOAD
+        )
+        return self.paths.copies if copies_first else self.paths.kernels
+
+    def _try(self, job: Job, segment: Segment, path: Path) -> Exception | None:
+        """Queue the segment; what keeps it from being queued whole. Both streams follow the part
+        that was, then, unless the lane is lost."""
+        assert job.pages is not None
+        assert job.slots is not None
         try:
             if self._last_path not in (None, path):
                 self.paths.settle()  # ordering rule 5, where neighbours end on different streams
             self._last_path = path
-            segment = Segment(run, ids[0], ids[1], planned.marks)
             queued = self.paths.queue(path, segment, job.pages, job.slots)
         except Exception as error:
-            self._abandon(job, planned, path, error)
-            return True
-        job.held = None
+            ends = self._settle()
+            if ends:
+                self._fly(_InFlight(job, ends, ends[-1], num_ops=5))
+            return error
         job.last = queued
-        self._fly(
-            _InFlight(job, queued.events, queued.done, queued.num_ops, run.num_bytes, True, False)
-        )
-        return True
+        self._fly(_InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
+        return None
 
-    def _abandon(self, job: Job, planned: _Planned, path: Path, error: Exception) -> None:
-        """A segment was not queued, or only in part: settle, and let it try another path once."""
-        ends = self._settle()
-        if not ends:  # no path is any better
-            job.error = error
-            return
-        self._fly(_InFlight(job, ends, ends[-1], 5, 0, True, False))
+    def _abandon(self, path: Path) -> Path | None:
+        """A segment could not be queued by `path`: which one stands in for it, from now on."""
         stands_in = _FALLBACK[path]
-        if path is not planned.path or stands_in in self._broken:
-            job.error = error
         # Of staged and copy engine, each other's fallback, one is kept, for better times.
         if path is Path.ZERO_COPY or stands_in not in self._broken:
             self._broken.add(path)
+        return None if stands_in in self._broken else stands_in
 
     def _end(self, job: Job) -> None:
         """Everything of the job is queued: mark the end, which later jobs may wait for."""
         job.queued = True
+        job.planned = job.held = job.pages = job.slots = job.compute = None
+        job.after.clear()
+        if job.cancelled:
+            self._end_cancelled(job)
+            return
+        self._doubt(job)  # the next store of its slots may be queued before this one is over
         ends: tuple[Event, ...] = ()
         if self.lost is None and job.error is None:
             try:
@@ -307,7 +336,20 @@ class Lane:
             self._finish(job)
             return
         job.end = ends[-1]
-        self._fly(_InFlight(job, ends, job.end, 3, 0, False, True))
+        self._fly(_InFlight(job, ends, job.end, num_ops=3, ends=True))
+
+    def _end_cancelled(self, job: Job) -> None:
+        """The job's turn to be reported comes with the end of what is queued before it. An event of
+        its own would be an operation more, and nothing bounds how many jobs are taken back."""
+        if self._in_flight:
+            job.end = self._in_flight[-1].done
+            self._fly(_InFlight(job, (), job.end, num_ops=0, ends=True))
+        else:
+            self._finish(job)
+
+    def _doubt(self, job: Job) -> None:
+        if job.error is not None and self._contents is not None:
+            self._contents.doubt(job.runs)
 
     def _settle(self) -> tuple[Event, ...]:
         """Events after all that is queued on either stream; none where the lane is lost."""
@@ -330,7 +372,8 @@ class Lane:
     def _retire(self) -> None:
         while self._in_flight:
             work = self._in_flight[0]
-            if not self._is_over(work.done, work.job):
+            # A cancelled job is over with what was before it, and that has left the queue.
+            if not work.job.cancelled and not self._is_over(work.done, work.job):
                 return
             for event in work.events:
                 self._is_over(event, work.job)
@@ -384,8 +427,9 @@ class Lane:
             job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
         if job.error is not None:
             self.paths.distrust()
-        job.planned = None
-        job.after.clear()
+        self._doubt(job)
+        # Who keeps the job keeps its result, and no memory that was moved.
+        job.runs, job.start, job.end, job.last = [], None, None, None
         self.finished.append(job)
 
     def _check(self) -> None:
@@ -397,11 +441,14 @@ class Lane:
         assert not flying or not waiting or flying[-1] <= waiting[0]
         assert not any(job.queued or job.finished for job in self._backlog)
         assert not any(job.started for job in list(self._backlog)[1:])
+        assert not any(job.started and job.cancelled for job in self._backlog)
         assert not any(work.job.finished for work in self._in_flight)
         assert all(work.job.queued for work in self._in_flight if work.ends)
         assert self._num_ops == sum(work.num_ops for work in self._in_flight)
         assert self._num_bytes == sum(work.num_bytes for work in self._in_flight)
-        assert len(self._indices._taken) == sum(work.holds_ids for work in self._in_flight)
+        if self.lost is None:
+            taken = sum(work.holds_ids for work in self._in_flight)
+            assert len(self._indices._taken) == taken
         self._indices._check()
         self.paths._ring._check()
 

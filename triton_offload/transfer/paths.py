@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from triton_offload.device.base import Device, Event, Stream
 from triton_offload.kernels.table import PageTable
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Direction
+from triton_offload.transfer.closing import CloseSteps
+from triton_offload.transfer.contents import SlotMarks
 from triton_offload.transfer.layout import CacheLayout, GroupRun
 from triton_offload.transfer.ranges import (
     SLICE_BYTES,
@@ -29,20 +32,6 @@ from triton_offload.transfer.staging import StagingBuffer, StagingRing
 
 _ZEROS_BYTES = 1 << 20
 _MANY_COPIES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class SlotMarks:
-    """What a store must know of its slots; chunks are counted within the segment.
-
-    `kept`: chunks whose slot keeps bytes that a copy of the whole chunk would overwrite, since the
-    chunk is partial or its pages are padded. `unfilled`: partial chunks of fresh
-    slots. `stale`: chunks whose fresh slot holds bytes that the store would not overwrite.
-    """
-
-    kept: tuple[int, ...] = ()
-    unfilled: tuple[int, ...] = ()
-    stale: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +114,30 @@ class PathQueue:
             device.fill_zero(self._zeros, self.kernels)
             # Slots are cleared with these zeros: no job would tell that there are none.
             device.synchronize(self._record(self.kernels), None)
-            self._open = undo.pop_all()
+            undo.pop_all()
+        self._streams = CloseSteps(
+            partial(device.close_stream, self.copies), partial(device.close_stream, self.kernels)
+        )
+        # Functions, not methods: those would keep this object, and its memory, in a circle.
+        cls = type(self)
+        self._queue: dict[Path, Callable[[PathQueue, Segment, Gate, Gate], Queued]]
         if direction is Direction.STORE:
             self._queue = {
-                Path.STAGED: self._store_staged,
-                Path.ZERO_COPY: self._store_zero_copy,
-                Path.COPY_ENGINE: self._store_copy_engine,
+                Path.STAGED: cls._store_staged,
+                Path.ZERO_COPY: cls._store_zero_copy,
+                Path.COPY_ENGINE: cls._store_copy_engine,
             }
         else:
             self._queue = {
-                Path.STAGED: self._load_staged,
-                Path.ZERO_COPY: self._load_zero_copy,
-                Path.COPY_ENGINE: self._load_copy_engine,
+                Path.STAGED: cls._load_staged,
+                Path.ZERO_COPY: cls._load_zero_copy,
+                Path.COPY_ENGINE: cls._load_copy_engine,
             }
+
+    @property
+    def reaches_pool(self) -> bool:
+        """Whether kernels may read and write the pool, as zero copy does."""
+        return self._device.maps_host_memory and self._pool.pinned
 
     def max_chunks(self, path: Path, run: GroupRun) -> int:
         """Chunks in a segment: what a staging buffer holds; on mapped memory the whole run, which
@@ -149,7 +149,7 @@ class PathQueue:
 
     def queue(self, path: Path, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         """`pages` and `slots`: what must be done before the segment touches either."""
-        return self._queue[path](segment, pages, slots)
+        return self._queue[path](self, segment, pages, slots)
 
     def settle(self) -> tuple[Event, ...]:
         """Let each stream follow all that is queued on the other so far.
@@ -166,16 +166,19 @@ class PathQueue:
         self._ring.distrust()
 
     def close_streams(self) -> None:
-        """Drain and free both. Idempotent; what closing one raises is raised when both are."""
-        self._open.close()
+        """Drain and free both. Idempotent; one that could not be closed is tried again by the next
+        call."""
+        self._streams.run()
 
     def close(self) -> None:
-        """`close_streams`, and free the buffers; everything queued has ended. Idempotent."""
+        """`close_streams`, free the buffers and let go of the pool; everything queued has ended.
+        As idempotent as that."""
         try:
             self.close_streams()
         finally:
             self._ring.close()
-            self._zeros = torch.empty(0, dtype=torch.uint8)
+            for memory in ("_zeros", "_places", "_pool"):
+                vars(self).pop(memory, None)
 
     # -- staged --
 

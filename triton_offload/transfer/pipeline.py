@@ -19,8 +19,9 @@ The ordering rules that every transfer keeps; the code names them where it does:
 from __future__ import annotations
 
 import threading
+import traceback
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,34 +30,20 @@ from triton_offload.device import Device
 from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.lane import Job, Lane
-from triton_offload.transfer.layout import CacheLayout, GroupRun
-from triton_offload.transfer.paths import PathQueue, SlotMarks
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.options import PipelineOptions as PipelineOptions
+from triton_offload.transfer.paths import PathQueue
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
 
-# What a slot holds beside a group's chunk, counted from the end of a list with one entry a group:
-# zeros, as a pool begins, and bytes of several groups (only stores that keep bytes leave that).
-_ZEROS, _MIXED = -1, -2
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineOptions:
-    """Sizes of the worker side.
-
-    `path`: every segment crosses by it; None: `paths` chooses. `buffer_bytes` and `num_buffers`:
-    each lane's staging ring; a buffer holds at least one chunk. `max_indices`: ids in flight a
-    lane. `window_bytes`: bytes queued ahead a lane, for cards whose copy engine serves first in,
-    first out; it costs throughput, None: no bound.
-    """
-
-    path: Path | None = None
-    paths: PathTable | None = None
-    buffer_bytes: int = 16 << 20
-    num_buffers: int = 3
-    max_indices: int = 1 << 20
-    window_bytes: int | None = None
+_LANES = {
+    "store": Direction.STORE,
+    "load": Direction.LOAD,
+    "expedited": Direction.LOAD,
+}
 
 
 class Pipeline:
@@ -70,42 +57,32 @@ class Pipeline:
         self,
         layout: CacheLayout,
         pool: HostPool,
-        options: PipelineOptions = PipelineOptions(),
+        options: PipelineOptions | None = None,
     ) -> None:
+        options = options or PipelineOptions()
         if pool.slot_bytes < layout.slot_bytes:
             raise ValueError(
                 f"pool: expected slots of at least {layout.slot_bytes} bytes, got {pool.slot_bytes}"
             )
-        self.layout = layout
-        self.pool = pool
         self._device: Device = pool.device
         self._lock = threading.RLock()
-        self._closed = False  # no new jobs
-        self._stopped = False  # no threads either
+        self._shutting_down = threading.RLock()
+        self._layout: CacheLayout | None = layout  # None: no new jobs
+        self._num_slots = pool.num_slots
         table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
         if options.path is not None:
-            table = PathTable(options.path)
-        # [group, holder]: whether a store of a whole chunk of the group leaves no byte of what the
-        # slot held.
-        edges = np.tile(np.array([False, True]), (len(layout.groups), 1))
-        self._overwrites = np.hstack([~layout.leaves_stale, edges])
-        # The group whose chunk each slot holds, or one of the two below.
-        self._holder = np.full(pool.num_slots, _ZEROS, dtype=np.int32)
-        names = {
-            "store": Direction.STORE,
-            "load": Direction.LOAD,
-            "expedited": Direction.LOAD,
-        }
+            table = PathTable(Path(options.path))
         buffer_bytes = max(
             options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
         )
+        contents = SlotContents(layout, pool.num_slots)
         # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
-        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in names}
-        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in names}
+        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in _LANES}
+        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in _LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, Lane] = {}  # those that are not closed
         with ExitStack() as undo:
-            for name, direction in names.items():
+            for name, direction in _LANES.items():
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
                 paths = PathQueue(
                     self._device,
@@ -118,16 +95,15 @@ class Pipeline:
                 )
                 undo.callback(paths.close)
                 self._lanes[name] = Lane(
-                    self._device,
-                    layout,
+                    name,
                     direction,
+                    self._device,
                     paths,
                     table,
-                    # a segment takes at most a quarter, and holds at least one chunk
-                    max_indices=max(options.max_indices, 4 * (layout.blocks_per_chunk + 1)),
+                    blocks_per_chunk=layout.blocks_per_chunk,
+                    max_indices=options.max_indices,
                     window_bytes=options.window_bytes,
-                    zero_copy_allowed=self._zero_copy_allowed,
-                    mark_slots=self._mark_slots if direction is Direction.STORE else _no_marks,
+                    contents=contents if direction is Direction.STORE else None,
                 )
             self._feeder = self._device.background("triton-offload-feeder", self._feed)
             undo.pop_all()
@@ -147,7 +123,7 @@ class Pipeline:
         Raises ValueError for ids that are out of range or written twice, RuntimeError while the
         stream captures a graph or after `shutdown`; nothing is queued then.
         """
-        runs = self.layout.plan(direction, device_spec, host_spec, self.pool.num_slots)
+        runs = self._open_layout().plan(direction, device_spec, host_spec, self._num_slots)
         if self._device.capturing():
             raise RuntimeError(
                 "the current stream captures a graph: expected transfers to be submitted "
@@ -163,8 +139,7 @@ class Pipeline:
         if direction is Direction.LOAD:
             name = "expedited" if expedited else "load"
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the worker is shut down")
+            self._open_layout()
             after = self._order_on_slots(name, host_spec.slot_ids)
             job = self._lanes[name].submit(job_id, runs, compute, after)
             self._last_on_slot[name][host_spec.slot_ids] = job.sequence
@@ -175,9 +150,22 @@ class Pipeline:
             return job
 
     def cancel(self, job: Job) -> bool:
-        """Take a job back, if nothing of it has been queued; it is reported as cancelled."""
+        """Take a job back of which nothing has been queued; it is reported as cancelled."""
+        return self.cancel_all([job])
+
+    def cancel_all(self, jobs: Iterable[Job]) -> bool:
+        """Take all of these jobs back, or none: False where something of one has been queued, or it
+        has ended, was taken back before or is not this pipeline's, and where there are no jobs.
+
+        Those that are taken back are reported as cancelled, each when the turn of its lane comes.
+        """
+        jobs = list(dict.fromkeys(jobs))
         with self._lock:
-            return job.lane.cancel(job)
+            if not jobs or not all(self._can_cancel(job) for job in jobs):
+                return False
+            for job in jobs:
+                self._lanes[job.lane].cancel(job)
+            return True
 
     def take_finished(self, direction: Direction) -> list[Job]:
         """Jobs that finished since the last call, each lane's in order."""
@@ -189,12 +177,15 @@ class Pipeline:
     def wait(self, job: Job, timeout: float | None = None) -> None:
         """Block until the job is finished (ordering rule 10); raises TimeoutError."""
         deadline = None if timeout is None else self._device.monotonic() + timeout
+        self._wait(job, deadline, timeout)
+
+    def _wait(self, job: Job, deadline: float | None, timeout: float | None) -> None:
         while True:
             with self._lock:
                 self._pump()
                 if job.finished:
                     return
-                event = job.lane.next_event
+                event = self._lanes[job.lane].next_event
             self._block(event, deadline, f"job {job.job_id} was not done within {timeout} s")
 
     def released(self, job: Job) -> bool:
@@ -209,6 +200,11 @@ class Pipeline:
                 return self._device.query(job.released)
             except Exception:
                 return False  # failed: its pages are free when it is finished
+
+    def broken_paths(self, job: Job) -> frozenset[Path]:
+        """The paths that could not be queued in the job's lane, for which others stand in."""
+        with self._lock:
+            return self._lanes[job.lane].broken
 
     def wait_on(self, job: Job, stream: Stream, timeout: float | None = None) -> None:
         """Let `stream` follow the job's release, without the host.
@@ -225,35 +221,52 @@ class Pipeline:
                 if job.queued:
                     self._device.wait(stream, job.released)
                     return
-                head = job.lane.next_event
+                head = self._lanes[job.lane].next_event
             self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Refuse new jobs, take back what has not started, drain the rest, stop every thread.
+        """Refuse new jobs, take back what has not started, drain the rest, stop every thread, and
+        let go of all memory, the pool's and the cache's included. Idempotent.
 
-        Idempotent. Raises TimeoutError where the device does not finish; what it still holds then
-        stays allocated, and a later call tries again. What closing a stream raises is raised when
-        everything else is closed and freed.
+        `timeout`: for all of it together. Raises TimeoutError where the device does not finish;
+        what its lane holds then stays allocated. Whatever raises, everything else is closed and
+        freed; then it is raised, and a later call tries again what is left.
         """
         deadline = None if timeout is None else self._device.monotonic() + timeout
-        with self._lock:
-            if self._stopped:
-                return
-            self._closed = True
-            for jobs in self._jobs_of_lane.values():
-                for job in jobs.values():
-                    job.lane.cancel(job)
-        self._feeder.stop()
-        for job in self._unfinished():
-            self.wait(
-                job, None if deadline is None else max(0.0, deadline - self._device.monotonic())
-            )
+        if not self._shutting_down.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            raise TimeoutError(f"another call of shutdown had not returned within {timeout} s")
         with ExitStack() as rest:
-            for lane in self._lanes.values():
-                rest.callback(lane.close)
-            self._stopped = True
+            rest.callback(self._shutting_down.release)
+            with self._lock:
+                self._layout = None
+                for job in self._unfinished():
+                    self.cancel(job)
+                names = list(self._lanes)
+            for name in names:
+                rest.callback(self._close_lane, name, deadline, timeout)
+            rest.callback(self._feeder.stop)
+
+    # -- a lane's end --
+
+    def _close_lane(self, name: str, deadline: float | None, timeout: float | None) -> None:
+        for job in self._unfinished(name):
+            self._wait(job, deadline, timeout)
+        self._lanes[name].close()
+        with self._lock:
+            del self._lanes[name]
 
     # -- under the lock --
+
+    def _open_layout(self) -> CacheLayout:
+        """The layout, where jobs are accepted."""
+        layout = self._layout
+        if layout is None:
+            raise RuntimeError("the worker is shut down")
+        return layout
+
+    def _can_cancel(self, job: Job) -> bool:
+        ours = self._jobs_of_lane[job.lane].get(job.sequence) is job
+        return ours and self._lanes[job.lane].can_cancel(job)
 
     def _pump(self) -> None:
         for name, lane in self._lanes.items():
@@ -262,9 +275,8 @@ class Pipeline:
             for job in lane.finished:
                 del jobs[job.sequence]
                 self._finished[job.direction].append(job)
-                if job.direction is Direction.STORE and job.error is not None:
-                    for run in job.runs:  # who knows what it wrote, or did not clear
-                        self._holder[run.slot_ids] = _MIXED
+                if job.error is not None:
+                    _forget_locals(job.error)
             lane.finished.clear()
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
@@ -282,28 +294,11 @@ class Pipeline:
                 after.append(job)
         return after
 
-    def _mark_slots(self, run: GroupRun) -> SlotMarks:
-        """What a store must clear, and note whose bytes its slots hold from here on."""
-        group, partial = run.group.index, run.partial_chunks()
-        holder = self._holder[run.slot_ids]
-        fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
-        stale = np.flatnonzero(fresh & ~self._overwrites[group, holder])
-        alone = fresh | (holder == _ZEROS) | (holder == group)
-        self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
-        return SlotMarks(
-            kept=tuple(np.flatnonzero(~fresh).tolist())
-            if run.group.has_gaps
-            else tuple(chunk for chunk in partial if not fresh[chunk]),
-            unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
-            stale=tuple(stale.tolist()),
-        )
-
-    def _zero_copy_allowed(self) -> bool:
-        return self._device.maps_host_memory and self.pool.pinned
-
-    def _unfinished(self) -> list[Job]:
+    def _unfinished(self, name: str | None = None) -> list[Job]:
+        """The jobs of a lane that are not finished; None: of all of them."""
         with self._lock:
-            return [job for jobs in self._jobs_of_lane.values() for job in jobs.values()]
+            names = [*_LANES] if name is None else [name]
+            return [job for name in names for job in self._jobs_of_lane[name].values()]
 
     def _check(self) -> None:
         """Asserts what holds between two calls: of every lane, and of every job in it."""
@@ -315,7 +310,8 @@ class Pipeline:
                 under_way.update(job.sequence for job in lane._backlog)
                 assert self._jobs_of_lane[name].keys() == under_way, "a job is lost"
                 assert (self._last_on_slot[name] <= lane._sequence).all()
-            assert ((self._holder >= _MIXED) & (self._holder < len(self.layout.groups))).all()
+                if lane._contents is not None:
+                    lane._contents._check()
             ended = [job for jobs in self._finished.values() for job in jobs]
             assert all(job.finished and job.result is not None for job in ended)
 
@@ -349,5 +345,13 @@ class Pipeline:
             return _FEEDER_SECONDS
 
 
-def _no_marks(run: GroupRun) -> SlotMarks:
-    return SlotMarks()
+def _forget_locals(error: BaseException) -> None:
+    """Whoever keeps a failed job's result keeps where it failed, but not the buffers there."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        each = chain.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            chain += [each.__cause__, each.__context__]

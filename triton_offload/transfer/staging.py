@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from triton_offload.device.base import Device, Event
@@ -13,7 +14,7 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StagingBuffer:
     """Device memory that one segment at a time passes through.
 
@@ -85,6 +86,10 @@ class IndexRing:
     def capacity(self) -> int:
         return len(self._array)
 
+    def has_room(self, count: int) -> bool:
+        """Whether so many ids can be taken now; raises ValueError where they never could."""
+        return self._find(count) is not None
+
     def take(self, *parts: Ids) -> list[torch.Tensor] | None:
         """Each part's ids in memory that the device reads, until the matching `free`."""
         count = sum(map(len, parts))
@@ -108,11 +113,14 @@ class IndexRing:
             self._head = 0
 
     def close(self) -> None:
-        """Free the memory; nothing of it is in use."""
-        self._memory = torch.empty(0, dtype=torch.int64)
-        self._array = self._memory.numpy()
+        """Free the memory; nothing of it is in use. Idempotent."""
+        self._memory = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._array = np.empty(0, dtype=np.int64)
+        self._taken.clear()
+        self._head = 0
 
     def _find(self, count: int) -> int | None:
+        """Where so many ids fit in one piece; None where they must wait."""
         if count > self.capacity:
             raise ValueError(f"ids: expected at most {self.capacity} in a segment, got {count}")
         if not self._taken:

@@ -153,4 +153,4 @@ class Rig:
         pipeline.wait(job, _TIMEOUT_SECONDS)
         seconds = time.perf_counter() - start
         pipeline.take_finished(direction)
-        return seconds if job.error is None and not job.lane.broken else None
+        return seconds if job.error is None and not pipeline.broken_paths(job) else None

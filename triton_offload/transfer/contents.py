@@ -1,0 +1,65 @@
+"""What the slots of the pool hold, and what of it a store must clear or keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from triton_offload.transfer.layout import CacheLayout, GroupRun
+
+# What a slot holds beside a group's chunk, counted from the end of a list with one entry per group:
+# zeros, as a pool begins, and bytes that nobody answers for: of several groups (only stores that
+# keep bytes leave that), or what a failed store left.
+_ZEROS, _MIXED = -1, -2
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMarks:
+    """What a store must know of its slots; chunks are counted within the segment.
+
+    `kept`: chunks whose slot keeps bytes that a copy of the whole chunk would overwrite, since the
+    chunk is partial or its pages are padded. `unfilled`: partial chunks of fresh
+    slots. `stale`: chunks whose fresh slot holds bytes that the store would not overwrite.
+    """
+
+    kept: tuple[int, ...] = ()
+    unfilled: tuple[int, ...] = ()
+    stale: tuple[int, ...] = ()
+
+
+class SlotContents:
+    """Whose chunk each slot holds, by what was queued so far. Its user holds the lock."""
+
+    def __init__(self, layout: CacheLayout, num_slots: int) -> None:
+        # The group whose chunk each slot holds, or one of the two above.
+        self._holder = np.full(num_slots, _ZEROS, dtype=np.int32)
+        # [group, holder]: whether a store of a whole chunk of the group leaves no byte of what the
+        # slot held; the last two columns are those of _MIXED and _ZEROS.
+        edges = np.tile(np.array([False, True]), (len(layout.groups), 1))
+        self._overwrites = np.hstack([~layout.leaves_stale, edges])
+
+    def store(self, run: GroupRun) -> SlotMarks:
+        """A store of this run is queued now: what it must clear. From here on its slots hold it."""
+        group, partial = run.group.index, run.partial_chunks()
+        holder = self._holder[run.slot_ids]
+        fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
+        stale = np.flatnonzero(fresh & ~self._overwrites[group, holder])
+        alone = fresh | (holder == _ZEROS) | (holder == group)
+        self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
+        return SlotMarks(
+            kept=tuple(np.flatnonzero(~fresh).tolist())
+            if run.group.has_gaps
+            else tuple(chunk for chunk in partial if not fresh[chunk]),
+            unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
+            stale=tuple(stale.tolist()),
+        )
+
+    def doubt(self, runs: Iterable[GroupRun]) -> None:
+        """A store of these runs failed: who knows what it wrote, or did not clear."""
+        for run in runs:
+            self._holder[run.slot_ids] = _MIXED
+
+    def _check(self) -> None:
+        assert ((self._holder >= _MIXED) & (self._holder < len(self._overwrites))).all()
