@@ -73,9 +73,7 @@ class PipelineWorld:
     def reported(self) -> list[int]:
         """Ids of the jobs that ended since the last call: stores first."""
         return [
-            job.job_id
-            for direction in Direction
-            for job in self.pipeline.take_finished(direction)
+            job.job_id for direction in Direction for job in self.pipeline.take_finished(direction)
         ]
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 
 class CloseSteps:
@@ -15,10 +14,12 @@ class CloseSteps:
     def run(self) -> None:
         """Do all that is left, whatever one of them raises; what the last one raised is raised
         then, with the others as its context."""
-        with ExitStack() as rest:
-            for step in reversed(self._steps):
-                rest.callback(self._do, step)
+        self._do(tuple(self._steps))
 
-    def _do(self, step: Callable[[], object]) -> None:
-        step()
-        self._steps.remove(step)
+    def _do(self, steps: tuple[Callable[[], object], ...]) -> None:
+        if steps:
+            try:
+                steps[0]()
+                self._steps.remove(steps[0])
+            finally:
+                self._do(steps[1:])
