@@ -1,4 +1,4 @@
-"""A pipeline alone, between a small cache and a pool: on any device, with real or simulated streams."""
+"""A pipeline alone, on any device, between a small cache and a pool."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def two_stores_of_a_slot(seed: int) -> None:
 
 
 def two_stores_and_a_load(seed: int) -> None:
-    """Stores that end on different streams; the load of what both wrote waits for the last alone."""
+    """Two stores end on different streams; the load of what both wrote waits for the second."""
     with bench(seed, paths=CROSSING_PATHS) as b:
         b.store(range(8), range(4))
         b.store(range(8, 10), range(4, 5))

@@ -1,4 +1,4 @@
-"""One lane: where a job begins and ends, what is tried when a path fails, what a lost lane reports."""
+"""One lane: where a job begins and ends, what is tried when a path fails, how a lane is lost."""
 
 from __future__ import annotations
 
@@ -86,6 +86,48 @@ def test_every_stream_waits_for_the_events_of_a_gate_once():
     for stream in (streams[0], streams[0], streams[1], streams[0], streams[1]):
         gate.hold(stream)
     assert waits == [(stream, event) for stream in streams for event in events]
+
+
+def test_settling_orders_each_stream_behind_the_other():
+    for seed in range(5):
+        with SimulatedDevice(seed) as device:
+            world = PipelineWorld.build(device)
+            paths = world.pipeline._lanes["store"].paths
+            buffers = [device.empty(8) for _ in range(2)]
+            streams = [paths.kernels, paths.copies]
+            for stream, buffer in zip(streams, buffers, strict=True):
+                device.fill_zero(buffer, stream)
+            ends = paths.settle()
+            for stream, other in zip(streams, reversed(buffers), strict=True):
+                device.launch("write", stream, writes=[other], run=lambda b=other: b.fill_(7))
+            for stream in streams:
+                device.synchronize(device_record(device, stream), None)
+            device.synchronize(ends[-1], None)
+            device.touch(reads=buffers)
+            assert [buffer.tolist() for buffer in buffers] == [[7] * 8] * 2
+            world.close()
+
+
+def device_record(device, stream):
+    event = device.new_event()
+    device.record(event, stream)
+    return event
+
+
+@paths
+def test_a_load_waits_for_a_store_of_its_slots_on_the_device(path):
+    for seed in range(6):
+        with SimulatedDevice(seed) as device:
+            world = PipelineWorld.build(device, path=path)
+            store = world.store(range(4), range(1, 5))
+            loads = [
+                world.load(range(8, 12), range(5, 1, -1)),  # the first of its slots is another's
+                world.load(range(12, 16), range(1, 5), expedited=True),
+            ]
+            world.finish(store, *loads)
+            assert torch.equal(world.tensors[0][9:12], world.tensors[0][1:4].flip(0))
+            assert torch.equal(world.tensors[0][12:16], world.tensors[0][:4])
+            world.close()
 
 
 # -- what cannot be queued --

@@ -1,4 +1,4 @@
-"""What a copy engine is asked to move, by its edges: one row, one column, one chunk more or less."""
+"""What a copy engine is asked to move, at the edges: a row, a column, a chunk more or less."""
 
 from __future__ import annotations
 

@@ -305,9 +305,8 @@ MIB = 1 << 20
 
 def check_store_and_load(world: World, group: int, blocks, slots, first=0, fresh=True) -> None:
     """Nothing but the bytes of these pages is other than before, in the pool and in the cache."""
-    expected = world.after_store(
-        world.pool.slots, group, blocks, slots, first, [fresh] * len(slots)
-    )
+    flags = [fresh] * len(slots)
+    expected = world.after_store(world.pool.slots, group, blocks, slots, first, flags)
     stored = world.queue.transfer_async(*store_specs(world, group, blocks, slots, first, fresh))
     (result,) = world.finish(stored)
     assert result.success, result.error
@@ -360,4 +359,26 @@ def test_a_fresh_slot_of_more_than_a_mebibyte_is_cleared_to_its_end(path, more):
         check_store_and_load(world, group, blocks, [1], first)
     assert not world.pool.slots[0].any()
     assert not world.pool.slots[2].any()
+    world.close()
+
+
+def test_scattered_slots_of_more_than_a_slice_are_cut(monkeypatch):
+    for module in ("ranges", "paths"):
+        monkeypatch.setattr(f"triton_offload.transfer.{module}.SLICE_BYTES", 100)
+    world = World.build(
+        [random_pages(8, 64, 64, 0, 5), random_pages(8, 48, 48, 0, 6)],
+        num_slots=16,
+        options=PipelineOptions(path=Path.STAGED, buffer_bytes=8 * 112),
+    )
+    widths: list[int] = []
+    copy = world.pool.device.copy
+
+    def watched(dst, src, stream):
+        widths.append(dst.numel())
+        copy(dst, src, stream)
+
+    monkeypatch.setattr(world.pool.device, "copy", watched)
+    monkeypatch.setattr(world.pool.device, "copy_batch", None)  # never called
+    check_store_and_load(world, 0, list(range(8)), list(range(0, 16, 2)))
+    assert max(widths) == 100
     world.close()

@@ -238,7 +238,8 @@ class Pipeline:
         freed; then it is raised, and a later call tries again what is left.
         """
         deadline = None if timeout is None else self._device.monotonic() + timeout
-        if not self._shutting_down.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        longest = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
+        if not self._shutting_down.acquire(timeout=longest):
             raise TimeoutError(f"another call of shutdown had not returned within {timeout} s")
         try:
             with self._lock:
