@@ -35,7 +35,8 @@ class Setting:
         blocks: list[int],
         slots: list[int],
         *,
-        pages: tuple[tuple[int, int], ...] = ((5, 5), (3, 4)),  # page bytes, and bytes between
+        # page bytes, and bytes between
+        pages: tuple[tuple[int, int], ...] = ((5, 5), (3, 4), (2, 2)),
         group: tuple[tuple[int, int], ...] | None = None,
         span: int = 1,
         first: int = 0,
@@ -163,7 +164,7 @@ def test_ranges_are_of_adjacent_slots_within_a_piece(slots, skip, piece_slots, w
     assert listed(ChunkRanges.of(setting.run, setting.pool, skip)) == wanted
 
 
-@pytest.mark.parametrize("group", [None, ((0, 5),), ((1, 2),), ((0, 5), (1, 2))])
+@pytest.mark.parametrize("group", [None, ((0, 5),), ((1, 2),), ((0, 5), (2, 2))])
 @pytest.mark.parametrize("skip", [(), (0,), (6,), (2, 3)])
 def test_whole_chunks_are_every_byte_of_the_group_once(monkeypatch, group, skip):
     monkeypatch.setattr(ranges, "SLICE_BYTES", 12)
@@ -179,7 +180,7 @@ def test_whole_chunks_are_every_byte_of_the_group_once(monkeypatch, group, skip)
 # -- batches --
 
 
-@pytest.mark.parametrize("group", [None, ((1, 3),), ((0, 5), (1, 3))])
+@pytest.mark.parametrize("group", [None, ((1, 3),), ((0, 5), (2, 2))])
 @pytest.mark.parametrize("skip", [(), (0,), (1,)])
 @pytest.mark.parametrize("num_chunks", range(1, 14))
 def test_batches_are_every_byte_once_and_a_slice_at_most(monkeypatch, num_chunks, skip, group):
