@@ -289,8 +289,12 @@ def test_a_shutdown_waits_no_longer_for_another_call_of_it_than_it_may():
     while held.pipeline._shutting_down.acquire(blocking=False):  # until the thread has it
         held.pipeline._shutting_down.release()
         time.sleep(0.001)
+    late = threading.Timer(30, held.device.gate.set)  # where this call waits for the other
+    late.start()
     with pytest.raises(TimeoutError, match="another call of shutdown"):
         held.pipeline.shutdown(0.01)
+    late.cancel()
+    late.join(60)
     held.device.gate.set()
     waiting.join(60)
     held.pipeline.shutdown(0.01)
