@@ -311,7 +311,7 @@ def test_a_window_admits_what_fits_and_one_segment_always():
     world.close()
     small = PipelineWorld.build(device, path=Path.STAGED, buffer_bytes=128, window_bytes=1)
     job = small.store(range(8), range(8))
-    small.finish(job)
+    small.pipeline.wait(job, 10)
     assert job.result.status is SUCCESS
     small.close()
 

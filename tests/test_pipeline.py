@@ -290,8 +290,12 @@ def test_a_shutdown_waits_no_longer_for_another_call_of_it_than_it_may():
     while held.pipeline._shutting_down.acquire(blocking=False):  # until the thread has it
         held.pipeline._shutting_down.release()
         time.sleep(0.001)
+    late = threading.Timer(30, held.device.gate.set)  # where this call waits for the other
+    late.start()
     with pytest.raises(TimeoutError, match="another call of shutdown"):
         held.pipeline.shutdown(0.01)
+    late.cancel()
+    late.join(60)
     held.device.gate.set()
     waiting.join(60)
     held.pipeline.shutdown(0.01)
@@ -492,15 +496,20 @@ def test_after_a_shutdown_nobody_keeps_memory_that_jobs_moved(path, fails):
 
 
 def test_a_finished_job_keeps_no_arrays():
-    world = PipelineWorld.build(HostDevice(), path=Path.STAGED)
+    device = GatedDevice()
+    world = PipelineWorld.build(device, path=Path.STAGED)
     ids = np.arange(4)
     alive = weakref.ref(ids)
-    job = world.store(ids, range(4))
-    world.finish(job)
-    assert (job.runs, job.after) == ([], [])
-    kept = ("planned", "held", "pages", "slots", "compute", "start", "end", "last")
-    assert [getattr(job, name) for name in kept] == [None] * len(kept)
-    assert job.result.num_bytes == job.num_bytes == 4 * 64
+    device.gate.clear()
+    jobs = [world.store(ids, range(4)), world.load(range(8, 12), range(4))]
+    assert jobs[1].slots is None
+    device.gate.set()
+    world.finish(*jobs)
+    for job in jobs:  # the load has followed the store
+        assert (job.runs, job.after) == ([], [])
+        kept = ("planned", "held", "pages", "slots", "compute", "start", "end", "last")
+        assert [getattr(job, name) for name in kept] == [None] * len(kept)
+        assert job.result.num_bytes == job.num_bytes == 4 * 64
     del ids
     gc.collect()
     assert alive() is None
