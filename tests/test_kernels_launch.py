@@ -89,8 +89,10 @@ def test_slots_of_another_alignment_have_a_plan_of_their_own(launches: Launches)
 def test_the_stride_of_a_single_slot_makes_no_access_narrower(launches: Launches) -> None:
     table = table_of(64)
     pages.gather_pages(table, [1, 2], slots_of(table, 1, 0, 1), config=CONFIG)
-    (call,) = launches
-    assert (call.spec.word_bytes, call.stride_slot) == (16, 0)
+    pages.gather_pages(table, [1, 2], slots_of(table, 2, 0, 1), config=CONFIG)
+    one, two = launches
+    assert (one.spec.word_bytes, one.stride_slot) == (16, 0)
+    assert (two.spec.word_bytes, two.stride_slot) == (1, 129)
 
 
 @pytest.mark.parametrize("slots_alignment", [16, 8, 4, 2, 1])
@@ -333,6 +335,13 @@ def test_the_kernel_of_a_direction_is_launched(launches: Launches) -> None:
     assert [(type(call.first_block), call.first_block) for call in launches] == [
         (int, first) for first in (0, 1, 0, 0)
     ]
+
+
+def test_chunks_before_the_first_block_are_left_out_of_a_launch(launches: Launches) -> None:
+    table = table_of(64)
+    for move in (pages.gather_pages, pages.scatter_pages):
+        move(table, [7, 1, 2], slots_of(table), [9, 9, 3, 0], 5, config=CONFIG)
+    assert [(call.first_block, call.ids.slots) for call in launches] == [(1, [3, 0])] * 2
 
 
 def test_slots_in_device_memory_take_the_staged_configuration(launches: Launches) -> None:
