@@ -284,7 +284,9 @@ def test_free_slots_leave_in_ascending_order() -> None:
     slots._check(used=[0, 1, 2, 3])
     assert slots.take(1) == [4]
     slots.reset()
+    slots._check(used=[])
     assert slots.take(4) == [0, 1, 2, 3]
+    slots._check(used=[0, 1, 2, 3])
     slots.put([1])
     assert slots.take(3) == [1, 4, 5]
 
