@@ -354,6 +354,35 @@ def test_what_could_not_be_submitted_is_taken_back_from_the_new_chunk(policy: st
     assert (manager.num_used, manager.num_pinned) == (1, 0)
 
 
+def test_what_is_being_stored_is_never_evicted(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy)
+    prepare(manager, [A])
+    store(manager, [B])
+    assert prepare(manager, [C]).evicted_keys == (B,)
+    assert manager.prepare_store([D]) is None
+    manager.complete_store([A, C])
+    assert prepare(manager, [D]).evicted_keys == (A,)
+
+
+def test_what_was_written_of_an_evicted_chunk_is_forgotten(policy: str) -> None:
+    manager = CPUOffloadingManager(1, policy, blocks_per_chunk=2)
+    store(manager, [A], [0b01])
+    store(manager, [B])
+    assert prepare(manager, [A]).blocks == (0b11,)
+    assert manager.lookup_state(A) is ChunkState.PENDING
+    manager.complete_store([A], success=False)
+    manager._check()
+
+
+def test_a_reset_leaves_nothing_to_evict(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy, blocks_per_chunk=2)
+    store(manager, [A, B], [0b11, 0b01])
+    manager.reset()
+    manager._check()
+    store(manager, [C, D])
+    assert prepare(manager, [A, B]).evicted_keys == (D, C)
+
+
 def test_the_slots_that_a_reset_frees_are_given_out_as_a_run(policy: str) -> None:
     manager = CPUOffloadingManager(6, policy)
     store(manager, [A, B, C, D])
