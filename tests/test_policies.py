@@ -155,6 +155,29 @@ def test_arc_a_touch_of_what_has_not_landed_is_no_use() -> None:
     assert (list(policy._recent), list(policy._frequent)) == ([A], [B])
 
 
+def test_arc_where_one_list_has_nothing_to_give_the_other_one_gives() -> None:
+    policy = ARCPolicy(4)
+    stored(policy, [A, B])
+    policy.touch([A])
+    policy._target = 4.0  # frequent is to give
+    assert policy.evict(1, NOBODY, [{A}]) == [B]
+    policy.release([A])
+    stored(policy, [C, D])
+    policy._target = 0.0  # recent is to give
+    assert policy.evict(1, NOBODY, [{C, D}]) == [A]
+    policy._check([C, D], {C, D})
+
+
+def test_arc_remembers_no_more_ghosts_of_frequent_than_the_paper() -> None:
+    policy = ARCPolicy(1)
+    for key, ghosts in ((A, []), (B, [A]), (C, [B])):
+        if key != A:
+            policy.evict(1, NOBODY)
+        stored(policy, [key])
+        policy.touch([key])
+        assert list(policy._ghost_frequent) == ghosts
+
+
 def test_arc_what_is_under_way_does_not_count_against_the_target() -> None:
     policy = ARCPolicy(4)
     stored(policy, [A, B])
