@@ -67,7 +67,8 @@ def test_what_did_not_land_leaves_no_trace(make: type[LRUPolicy] | type[ARCPolic
     policy = make(9)
     stored(policy, [B, A])
     policy.admit([D, C])
-    assert policy.evict(1, NOBODY, [{A, C, D}]) == [B]
+    stored(policy, [E])
+    assert policy.evict(2, NOBODY, [{A, C, D}]) == [B, E]
     assert policy.evict(0, NOBODY) == []
     policy.remove([C])
     policy.land([D])
