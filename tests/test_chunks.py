@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_offload.scheduler.chunks import ChunkSpan, StoreRun, positions, runs_to_store
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 20), count=st.integers(0, 20), size=st.integers(1, 7))
 def test_the_masks_of_a_span_are_its_blocks(first: int, count: int, size: int) -> None:
     span = ChunkSpan.of(first, count, size)
@@ -24,6 +25,7 @@ def test_the_masks_of_a_span_are_its_blocks(first: int, count: int, size: int) -
     assert span.num_chunks == len(expected)
 
 
+@settings(deadline=None)
 @given(
     first=st.integers(0, 6),
     count=st.integers(0, 20),

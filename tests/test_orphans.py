@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_offload.scheduler.orphans import Orphans
@@ -69,6 +69,7 @@ class Listed:
         return freed
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(

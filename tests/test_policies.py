@@ -67,12 +67,14 @@ def test_what_did_not_land_leaves_no_trace(make: type[LRUPolicy] | type[ARCPolic
     policy = make(9)
     stored(policy, [B, A])
     policy.admit([D, C])
-    assert policy.evict(1, NOBODY, [{A, C, D}]) == [B]
+    stored(policy, [E])
+    assert policy.evict(2, NOBODY, [{A, C, D}]) == [B, E]
     assert policy.evict(0, NOBODY) == []
     policy.remove([C])
     policy.land([D])
     policy._check([A, D], {A})
     policy.release([A])
+    policy._check([A, D], set())
     assert policy.evict(2, NOBODY) == [A, D]
 
 
@@ -155,6 +157,29 @@ def test_arc_a_touch_of_what_has_not_landed_is_no_use() -> None:
     assert (list(policy._recent), list(policy._frequent)) == ([A], [B])
 
 
+def test_arc_where_one_list_has_nothing_to_give_the_other_one_gives() -> None:
+    policy = ARCPolicy(4)
+    stored(policy, [A, B])
+    policy.touch([A])
+    policy._target = 4.0  # frequent is to give
+    assert policy.evict(1, NOBODY, [{A}]) == [B]
+    policy.release([A])
+    stored(policy, [C, D])
+    policy._target = 0.0  # recent is to give
+    assert policy.evict(1, NOBODY, [{C, D}]) == [A]
+    policy._check([C, D], {C, D})
+
+
+def test_arc_remembers_no_more_ghosts_of_frequent_than_the_paper() -> None:
+    policy = ARCPolicy(1)
+    for key, ghosts in ((A, []), (B, [A]), (C, [B])):
+        if key != A:
+            policy.evict(1, NOBODY)
+        stored(policy, [key])
+        policy.touch([key])
+        assert list(policy._ghost_frequent) == ghosts
+
+
 def test_arc_what_is_under_way_does_not_count_against_the_target() -> None:
     policy = ARCPolicy(4)
     stored(policy, [A, B])
@@ -199,6 +224,7 @@ def test_arc_a_ghost_teaches_only_when_its_store_has_landed() -> None:
     assert policy._target == 0.0
 
 
+@settings(deadline=None)
 @given(
     capacity=st.integers(1, 6),
     references=st.lists(st.integers(0, 12).map(lambda i: b"%d" % i), max_size=120),
@@ -241,6 +267,7 @@ def test_arc_agrees_with_the_paper_s_lists(capacity: int, references: list[bytes
         assert policy._target == target
 
 
+@settings(deadline=None)
 @given(data=st.data(), capacity=st.integers(1, 12))
 def test_arc_evicts_several_keys_as_one_after_another(data: st.DataObject, capacity: int) -> None:
     at_once, one_by_one = ARCPolicy(capacity), ARCPolicy(capacity)
@@ -284,7 +311,9 @@ def test_free_slots_leave_in_ascending_order() -> None:
     slots._check(used=[0, 1, 2, 3])
     assert slots.take(1) == [4]
     slots.reset()
+    slots._check(used=[])
     assert slots.take(4) == [0, 1, 2, 3]
+    slots._check(used=[0, 1, 2, 3])
     slots.put([1])
     assert slots.take(3) == [1, 4, 5]
 
