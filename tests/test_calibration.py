@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import typer
 from gated import GatedDevice
 from terminal import columns
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from triton_offload.calibration import (
     PathTable,
     default_calibration,
 )
+from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.cuda import launch_config
 from triton_offload.kernels.tiling import choose_config
@@ -147,6 +149,14 @@ def test_the_last_rule_that_applies_wins():
     ]:
         assert table.choose(Direction.LOAD, size, pages) is path
         assert table.choose(Direction.STORE, size, pages) is Path.STAGED
+
+
+def test_warps_are_a_power_of_two_up_to_32():
+    for warps in (1, 2, 4, 8, 16, 32):
+        assert LaunchShape(1, warps).warps == warps
+    for warps in (0, 3, 6, 12, 24, 33, 64, True, 8.0):
+        with pytest.raises(ValueError, match=f"warps: expected .* got {warps}"):
+            LaunchShape(1, warps)
 
 
 def test_cpu_memory_follows_its_own_figures():
@@ -524,8 +534,8 @@ def test_on_a_gpu_launches_are_measured_too_and_paths_with_those_that_won(monkey
     for shapes, name in [(took.staged, "staged"), (took.zero_copy, "zero_copy")]:
         assert None in dict(shapes)
         assert {getattr(calibration, name) for calibration in built} == set(dict(shapes))
-    last = built[-1]
-    assert (last.staged, last.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
+    for tuned in built[-2:]:  # for the paths, and for the sizes of the buffers
+        assert (tuned.staged, tuned.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
     assert {one.path for one in took.paths} == set(Path)
 
 
@@ -705,3 +715,13 @@ def test_a_device_that_is_none_exits_with_2(command, device):
     assert done.exit_code == 2
     assert done.stderr.startswith(f"triton-offload {command}: --device: expected")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "known"), [("cuda", True), ("cuda:1", True), ("cuda:2", False)])
+def test_a_card_is_one_of_those_that_are_there(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if known:
+        assert cli_machine._device(name, "doctor") == torch.device(name)
+    else:
+        with pytest.raises(typer.Exit):
+            cli_machine._device(name, "doctor")

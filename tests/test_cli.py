@@ -37,6 +37,7 @@ def run(*args: str):
 def test_replay_prints_a_table(trace):
     done = run("replay", trace, "--model", "smollm2-135m", "--chunks", "16")
     assert done.exit_code == 0, done.output
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "prefix hit rate" in done.stdout
     assert "0.5000" in done.stdout
 

@@ -158,9 +158,11 @@ def test_a_wrong_byte_is_seen(monkeypatch):
     assert not report.ok
 
 
-def test_a_load_that_does_nothing_is_seen(monkeypatch):
+@pytest.mark.parametrize("in_flight", [1, 2])  # at 1 the pages hold the right bytes already
+def test_a_load_that_does_nothing_is_seen(monkeypatch, in_flight):
     monkeypatch.setattr(host_pages, "scatter", lambda *args: None)
-    assert replay([[1, 2], [1, 2]], SMALL).wrong_chunks == 2
+    options = replace(SMALL, in_flight=in_flight)
+    assert replay([[1, 2], [1, 2]], options).wrong_chunks == 2
 
 
 @pytest.mark.parametrize(

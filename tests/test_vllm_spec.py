@@ -264,10 +264,21 @@ def _read_maps() -> list[str]:
 
 
 def _resources() -> tuple[Any, ...]:
-    """What this process holds, cycles apart: mappings, threads of ours, files of vLLM's."""
+    """What this process holds, cycles apart: mappings, threads of ours, vLLM's files."""
     gc.collect()
     threads = Counter(t.name for t in threading.enumerate() if t.name.startswith("triton-offload"))
-    return _mappings(), threads, sorted(Path("/dev/shm").glob(f"vllm_offload_test-{os.getpid()}-*"))
+    opened = sorted(
+        path for path in map(_target, Path("/proc/self/fd").iterdir()) if "vllm_offload" in path
+    )
+    left = sorted(Path("/dev/shm").glob(f"vllm_offload_test-{os.getpid()}-*"))
+    return _mappings(), threads, opened, left
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the one of the iteration itself
+        return ""
 
 
 @pytest.fixture
@@ -775,7 +786,7 @@ def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.TritonOffloadingSpec(_make_config())
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.34.0rc1", "1.32.0", "dev"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.34.0rc1", "1.32.0", "0.320.0", "dev"])
 def test_another_version_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM {version}"):
         plugin.require_version(version)

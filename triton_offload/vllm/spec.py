@@ -83,7 +83,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             )
         resources = Closing()
         try:
-            return self._make_worker(layout, resources)
+            with torch.inference_mode(False):  # threads that are not in it will write to the pool
+                return self._make_worker(layout, resources)
         except BaseException as error:
             # Locals of where it came by hold the pool's memory: vLLM could not unmap its region.
             traceback.clear_frames(error.__traceback__)
