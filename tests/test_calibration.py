@@ -151,6 +151,14 @@ def test_the_last_rule_that_applies_wins():
         assert table.choose(Direction.STORE, size, pages) is Path.STAGED
 
 
+def test_warps_are_a_power_of_two_up_to_32():
+    for warps in (1, 2, 4, 8, 16, 32):
+        assert LaunchShape(1, warps).warps == warps
+    for warps in (0, 3, 6, 12, 24, 33, 64, True, 8.0):
+        with pytest.raises(ValueError, match=f"warps: expected .* got {warps}"):
+            LaunchShape(1, warps)
+
+
 def test_cpu_memory_follows_its_own_figures():
     assert default_calibration("cpu").paths is HOST_PATHS
     assert default_calibration("cuda").paths is CUDA_PATHS
@@ -526,8 +534,8 @@ def test_on_a_gpu_launches_are_measured_too_and_paths_with_those_that_won(monkey
     for shapes, name in [(took.staged, "staged"), (took.zero_copy, "zero_copy")]:
         assert None in dict(shapes)
         assert {getattr(calibration, name) for calibration in built} == set(dict(shapes))
-    last = built[-1]
-    assert (last.staged, last.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
+    for tuned in built[-2:]:  # for the paths, and for the sizes of the buffers
+        assert (tuned.staged, tuned.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
     assert {one.path for one in took.paths} == set(Path)
 
 

@@ -786,7 +786,7 @@ def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.TritonOffloadingSpec(_make_config())
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.34.0rc1", "1.32.0", "dev"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.34.0rc1", "1.32.0", "0.320.0", "dev"])
 def test_another_version_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM {version}"):
         plugin.require_version(version)
