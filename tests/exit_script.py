@@ -24,12 +24,12 @@ from triton_offload import KVOffloader  # noqa: E402
 def begin(path: str) -> KVOffloader:
     """With some seconds of loads under way, on every thread that there is."""
     torch.set_num_threads(1)
-    tensors = [torch.zeros(256, 2048, dtype=torch.uint8) for _ in range(40)]
-    offloader = KVOffloader(tensors, "24MiB", path=path)
-    keys = [b"%d" % i for i in range(256)]
-    offloader.store(keys, range(256)).wait(60)
-    for _ in range(100):
-        offloader.load(keys, random.sample(range(256), 256), expedited=random.random() < 0.5)
+    tensors = [torch.zeros(64, 16384, dtype=torch.uint8) for _ in range(8)]
+    offloader = KVOffloader(tensors, "8MiB", path=path)
+    keys = [b"%d" % i for i in range(64)]
+    offloader.store(keys, range(64)).wait(60)
+    for _ in range(200):
+        offloader.load(keys, random.sample(range(64), 64), expedited=random.random() < 0.5)
     return offloader
 
 
