@@ -1,4 +1,4 @@
-"""What is built and installed: the wheel, the sdist, and both without the symlink to the kernels."""
+"""What is built and installed: wheel and sdist, also where the symlink to the kernels is lost."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ def test_the_sdist_holds_what_its_own_tests_need(built):
             for member in members
             if member.isfile()
         }
-    made = {n for n in found if n.startswith("triton_offload.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    made = {n for n in found if n.startswith("triton_offload.egg-info/")} | {
+        "PKG-INFO",
+        "setup.cfg",
+    }
     assert {name: data for name, data in found.items() if name not in made} == source
     needed = {"Makefile", "LICENSE", "kernels/pages.py", "tests/breaks.py", "bench/timing.py"}
     assert needed <= set(source)
