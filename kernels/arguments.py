@@ -33,7 +33,7 @@ def as_integer(name: str, value: Any, least: int = 0) -> int:
             f"{name}: expected an integer of at least {least}, got {reprlib.repr(value)}"
         ) from None
     if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}")
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
     return number
 
 

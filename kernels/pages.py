@@ -351,7 +351,7 @@ def _launch(
     first_block: int,
     config: KernelConfig,
 ) -> None:
-    num_blocks = block_ids.shape[0]
+    num_blocks, first_block = block_ids.shape[0], int(first_block)
     if num_blocks == 0:
         return
     address = slots.data_ptr()
@@ -360,10 +360,12 @@ def _launch(
     for spec, strips in _plan(table, alignment_of(address, stride_slot), config):
         num_strips = strips.shape[0]
         num_tiles = num_strips * -(-num_blocks // spec.pages)
-        if num_tiles + config.programs >= 2**31:
+        # The kernels count both in 32 bits, up to the end of the last program and tile.
+        end = first_block + num_blocks + spec.pages
+        if max(num_tiles + config.programs, end) >= 2**31:
             raise ValueError(
-                f"block_ids: expected fewer than 2**31 tiles a launch, got {num_tiles} for "
-                f"{num_blocks} blocks"
+                f"block_ids: expected fewer than 2**31 blocks and tiles a launch, got "
+                f"{num_blocks} blocks in {num_tiles} tiles"
             )
         tiles_per_program = -(-num_tiles // min(config.programs, num_tiles))
         arguments = (

@@ -18,7 +18,7 @@ from schedules import CONFIGURATIONS, run_schedule
 from triton_offload.device.base import Stream
 from triton_offload.offloader import KVOffloader
 from triton_offload.scheduler.manager import CPUOffloadingManager
-from triton_offload.scheduler.policies import FreeSlots, LRUPolicy
+from triton_offload.scheduler.order import Order
 from triton_offload.specs import Direction
 from triton_offload.testing import SimulatedDevice, Stuck
 from triton_offload.transfer import ranges
@@ -354,7 +354,7 @@ def the_last_job_goes_first():
     return _instead(Lane, "submit", make)
 
 
-@mutant("5", scenarios.a_load_after_stores_by_two_paths)
+@mutant("5", scenarios.two_stores_and_a_load)
 def paths_change_without_settling():
     def make(queue):
         def queue_unsettled(self, job, piece):
@@ -726,15 +726,22 @@ def a_chunk_is_evicted_while_it_is_loaded():
 
 @mutant("pins", scenarios.offloader)
 def a_held_chunk_stays_in_the_order_of_eviction():
-    return patch.object(LRUPolicy, "hold", lambda self, keys: None)
+    def make(take):
+        return lambda self, number, protected, busy: take(self, number, protected, busy[:1])
+
+    return _instead(Order, "take", make)
 
 
 @mutant("pins", scenarios.offloader)
 def a_reset_frees_slots_under_transfer():
     def make(reset):
-        return lambda self, used: reset(self, set())
+        def reset_all(self):
+            reset(self)
+            self._slots.reset()
 
-    return _instead(FreeSlots, "reset", make)
+        return reset_all
+
+    return _instead(CPUOffloadingManager, "reset", make)
 
 
 @mutant("pins, a failed job", scenarios.offloader)

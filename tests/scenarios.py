@@ -172,8 +172,8 @@ def two_stores_of_a_slot(seed: int) -> None:
         b.memory.check_all()
 
 
-def a_load_after_stores_by_two_paths(seed: int) -> None:
-    """Two stores end on different streams; a load of both their slots follows the later one."""
+def two_stores_and_a_load(seed: int) -> None:
+    """Two stores end on different streams; the load of what both wrote waits for the second."""
     with bench(seed, paths=CROSSING_PATHS) as b:
         b.store(range(8), range(4))
         b.store(range(8, 10), range(4, 5))

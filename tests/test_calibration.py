@@ -11,7 +11,9 @@ from contextlib import suppress
 
 import pytest
 import torch
+import typer
 from gated import GatedDevice
+from terminal import columns
 from typer.testing import CliRunner
 
 from triton_offload import KVOffloader
@@ -25,6 +27,7 @@ from triton_offload.calibration import (
     PathTable,
     default_calibration,
 )
+from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.cuda import launch_config
 from triton_offload.kernels.tiling import choose_config
@@ -34,7 +37,8 @@ from triton_offload.transfer import queue_manager
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
-from triton_offload.tuning import calibrate
+from triton_offload.tuning import calibrate, calibration_file
+from triton_offload.tuning import rig as rig_module
 from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
 from triton_offload.tuning.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
 from triton_offload.tuning.machine import identify
@@ -111,6 +115,47 @@ def test_a_size_with_fewer_counts_measured_has_the_nearest_of_its_own():
     assert table.choose(Direction.STORE, 4096, 4096) is HOST_PATHS.default  # not measured
 
 
+def test_directions_that_were_measured_at_other_counts_do_not_mix():
+    points = [
+        Measurement(way, 4096, count, path, 0.5 if path is other else 1.0)
+        for way, count, other in [
+            (Direction.STORE, 16, Path.ZERO_COPY),
+            (Direction.STORE, 4096, Path.STAGED),
+            (Direction.LOAD, 256, Path.COPY_ENGINE),
+        ]
+        for path in Path
+    ]
+    table = fit_paths(points, PathTable(Path.STAGED))
+    store = [table.choose(Direction.STORE, 4096, count) for count in (16, 255, 256, 4096)]
+    assert store == [Path.ZERO_COPY, Path.ZERO_COPY, Path.STAGED, Path.STAGED]
+    assert table.choose(Direction.LOAD, 4096, 1) is Path.COPY_ENGINE
+
+
+def test_the_last_rule_that_applies_wins():
+    table = PathTable(
+        Path.STAGED,
+        (
+            PathRule(Direction.LOAD, 4096, 16, Path.ZERO_COPY),
+            PathRule(Direction.LOAD, 8192, 16, Path.COPY_ENGINE),
+        ),
+    )
+    for size, pages, path in [
+        (4095, 16, Path.STAGED),
+        (4096, 15, Path.STAGED),
+        (4096, 16, Path.ZERO_COPY),
+        (8191, 99, Path.ZERO_COPY),
+        (8192, 16, Path.COPY_ENGINE),
+        (8192, 15, Path.STAGED),
+    ]:
+        assert table.choose(Direction.LOAD, size, pages) is path
+        assert table.choose(Direction.STORE, size, pages) is Path.STAGED
+
+
+def test_cpu_memory_follows_its_own_figures():
+    assert default_calibration("cpu").paths is HOST_PATHS
+    assert default_calibration("cuda").paths is CUDA_PATHS
+
+
 def test_a_choice_that_is_the_same_everywhere_needs_one_rule_a_direction():
     table = fit_paths(measured(lambda *point: Path.COPY_ENGINE), HOST_PATHS)
     assert len(table.rules) == 2
@@ -177,6 +222,25 @@ def test_a_kept_calibration_reads_back(tmp_path, calibration):
     save(file, MACHINE, calibration)  # over the old one
     assert load(file, MACHINE) == calibration
     assert [path.name for path in file.parent.iterdir()] == ["kept.json"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "kept.json"
+    save(file, MACHINE, MEASURED)
+
+    def fail(*args, **kwargs):
+        raise OSError("injected")
+
+    for broken in ("replace", "fdopen"):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration_file.os, broken, fail)
+            with pytest.raises(OSError, match="injected"):
+                save(file, MACHINE, default_calibration("cpu"))
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+        assert load(file, MACHINE) == MEASURED
+    with pytest.raises(AttributeError):  # what can not be written
+        save(file, MACHINE, dataclasses.replace(MEASURED, buffer_bytes=1, paths=object()))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
 def test_where_there_is_no_file_there_is_no_warning(tmp_path):
@@ -467,6 +531,25 @@ def test_on_a_gpu_launches_are_measured_too_and_paths_with_those_that_won(monkey
     assert {one.path for one in took.paths} == set(Path)
 
 
+def test_a_job_of_all_pages_is_measured(monkeypatch):
+    monkeypatch.setattr(calibrate, "PAGES", (16, 256, 257))
+    took = calibrate._by_path(GatedDevice(), 4096, 1 << 20)
+    assert {one.pages for one in took} == {16, 256}
+
+
+def test_the_first_turn_of_a_rig_does_not_count(monkeypatch):
+    turns = iter([99.0, *[1.0] * 9])
+    monkeypatch.setattr(Rig, "_job", lambda *args: next(turns))
+    monkeypatch.setattr(rig_module, "_typical", max)
+    with Rig(GatedDevice(), 4096, 1 << 20) as rig:
+        assert rig.seconds({"one": None}, Direction.STORE, 64) == {"one": 1.0}
+    assert next(turns, None) is None
+
+
+def test_the_lower_quartile_is_what_a_job_takes():
+    assert rig_module._typical([9.0, 3.0, 1.0, 7.0, 2.0, 8.0, 5.0, 4.0, 6.0]) == 3.0
+
+
 def test_a_path_that_fails_or_that_another_stands_in_for_is_not_measured():
     device = GatedDevice()
     device.fail_submission.add("copy_batch")
@@ -485,6 +568,72 @@ def test_zero_copy_is_not_measured_where_memory_is_not_pinned():
     with Rig(device, 4096, 1 << 20) as rig:
         assert not rig.takes(Path.ZERO_COPY)
         assert set(rig.pipelines(1 << 20)) == {Path.STAGED, Path.COPY_ENGINE}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, lambda: torch.device("meta")],
+    ids=["inference mode", "another default device"],
+)
+def test_measuring_works_wherever_the_engine_asks_for_it(mode):
+    with mode():
+        took = calibrate.measure(CPU, lambda done, total: None, 8 << 20)
+    assert {one.path for one in took.paths} == set(Path)
+    assert len(took.buffer_bytes) == 4
+
+
+class Closings:
+    """What was closed, and what of it fails a number of times."""
+
+    def __init__(self, monkeypatch, **failures):
+        self.failures = failures
+        self.closed = []
+        for owner, name in [(Pipeline, "shutdown"), (HostPool, "close")]:
+            monkeypatch.setattr(owner, name, self.noting(getattr(owner, name), name))
+
+    def noting(self, original, name):
+        def close(*args):
+            self.closed.append(name)
+            original(*args)
+            if self.failures.get(name, 0) > 0:
+                self.failures[name] -= 1
+                raise OSError(f"injected: {name}")
+
+        return close
+
+
+def own_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("triton-offload")]
+
+
+@pytest.mark.parametrize("failing", ["shutdown", "close"])
+def test_a_rig_closes_all_it_has_and_tries_again_what_raised(monkeypatch, failing):
+    closings = Closings(monkeypatch, **{failing: 1})
+    rig = Rig(GatedDevice(), 4096, 1 << 20)
+    rig.pipelines(1 << 20)
+    with pytest.raises(OSError, match=f"injected: {failing}"), rig:
+        pass
+    assert closings.closed == ["shutdown"] * 3 + ["close"]
+    rig.close()
+    assert closings.closed == ["shutdown"] * 3 + ["close", failing]
+    rig.close()
+    assert len(closings.closed) == 5
+    assert own_threads() == []
+
+
+@pytest.mark.parametrize("step", ["empty", "allocate", "wait_ready"])
+def test_a_rig_that_can_not_be_made_leaves_nothing(monkeypatch, step):
+    def fail(*args):
+        raise MemoryError(f"injected: {step}")
+
+    device = GatedDevice()
+    owner = device if step == "empty" else HostPool
+    closings = Closings(monkeypatch)
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(MemoryError, match=f"injected: {step}"):
+        Rig(device, 4096, 1 << 20)
+    assert closings.closed == (["close"] if step == "wait_ready" else [])
+    assert own_threads() == []
 
 
 def test_a_rig_needs_room_for_its_pages():
@@ -515,6 +664,22 @@ def test_the_command_keeps_what_it_found(quick, own_cache):
     assert load(file, identify(CPU)) == MEASURED
 
 
+def test_a_narrow_terminal_cuts_nothing(quick, own_cache):
+    arguments = ["calibrate", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "40"})
+    table = done.stdout.partition("kept in")[0]
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 40
+    ((ways, sizes, *jobs),) = columns(table)
+    count = len(calibrate.PAGE_BYTES)
+    assert ways == "direction" + "store" * count + "load" * count
+    assert sizes == "pagesof" + "4.0KiB16.0KiB64.0KiB256.0KiB1.0MiB" * 2
+    assert jobs == [
+        f"ajobof{pages}" + "staged" * count + "zero_copy" * count for pages in calibrate.PAGES
+    ]
+    assert "staging buffers of 4.0 MiB; staged: 8 CTAs of 4 warps" in " ".join(table.split())
+
+
 def test_the_command_writes_where_it_is_told_and_prints_json(quick, own_cache, tmp_path):
     file = tmp_path / "mine.json"
     done = CliRunner().invoke(
@@ -540,5 +705,15 @@ def test_the_command_exits_with_1_where_the_file_can_not_be_written(quick, tmp_p
 def test_a_device_that_is_none_exits_with_2(command, device):
     done = CliRunner().invoke(app, [command, "--device", device])
     assert done.exit_code == 2
-    assert "device: expected" in done.stderr
+    assert done.stderr.startswith(f"triton-offload {command}: --device: expected")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "known"), [("cuda", True), ("cuda:1", True), ("cuda:2", False)])
+def test_a_card_is_one_of_those_that_are_there(monkeypatch, name, known):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if known:
+        assert cli_machine._device(name, "doctor") == torch.device(name)
+    else:
+        with pytest.raises(typer.Exit):
+            cli_machine._device(name, "doctor")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal import columns
 
 from triton_offload.cli import demo
 
@@ -25,6 +29,7 @@ class MadeUpEngine:
 
     wrong = False
     loads_nothing = False
+    made: list[MadeUpEngine]
 
     def __init__(self, model, extra_config=None, **llm_args) -> None:
         self.model = model
@@ -32,6 +37,11 @@ class MadeUpEngine:
         self.worker = SimpleNamespace(stores=Counts(), loads=Counts(), pool=pool)
         self.poisoned = False
         self.stored: set[tuple[int, ...]] = set()
+        self.num_closed = 0
+        self.made.append(self)
+
+    def close(self) -> None:
+        self.num_closed += 1
 
     def generate(self, prompts, max_tokens):
         answers = []
@@ -64,6 +74,7 @@ class MadeUpEngine:
 def engine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "Engine", MadeUpEngine)
+    monkeypatch.setattr(MadeUpEngine, "made", [], raising=False)
     monkeypatch.setattr(MadeUpEngine, "wrong", False)
     monkeypatch.setattr(MadeUpEngine, "loads_nothing", False)
     monkeypatch.setattr(demo, "small_model", lambda: ("a model", tmp_path))
@@ -96,6 +107,63 @@ def test_a_prompt_that_was_not_loaded_is_no_success(engine):
     engine.loads_nothing = True
     with pytest.raises(RuntimeError, match="was not loaded"):
         demo.run_demo()
+    (made,) = engine.made
+    assert made.num_closed == 1
+
+
+def test_the_engine_is_closed_once_when_all_is_measured(engine):
+    assert demo.run_demo(json_output=True) == 0
+    (made,) = engine.made
+    assert made.num_closed == 1
+
+
+def test_a_narrow_terminal_cuts_nothing(engine, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert demo.run_demo() == 0
+    out = capfd.readouterr().out
+    assert "…" not in out
+    stored, loaded = made_up_bytes(engine)
+    assert columns(out) == [
+        [
+            "jobsbytesrate",
+            f"devicetohost17{stored}0.00GB/s",
+            f"hosttodevice8{loaded}0.00GB/s",
+        ],
+        ["seconds", "recomputed0.400", "loaded0.100", "speed-up4.0x"],
+    ]
+
+
+def made_up_bytes(engine) -> list[str]:
+    (made,) = engine.made
+    counts = (made.worker.stores, made.worker.loads)
+    return [f"{each.num_bytes / 2**20:.1f}MiB" for each in counts]
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["ends", "raises"])
+def test_what_is_kept_quiet_goes_to_the_log_and_the_rest_where_it_went_before(
+    tmp_path, capfd, monkeypatch, failing
+):
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))  # as it is without pytest
+    log = tmp_path / "deep" / "quiet.log"
+    open_before = set(os.listdir("/proc/self/fd"))
+    with suppress(OSError), demo._quiet(log):
+        os.write(1, b"from C++\n")
+        print("from Python")
+        os.write(2, b"an error\n")
+        if failing:
+            raise OSError
+    print("after", flush=True)
+    assert sorted(log.read_text().splitlines()) == ["an error", "from C++", "from Python"]
+    assert capfd.readouterr().out == "after\n"
+    assert set(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_difference_names_the_first_token_that_differs():
+    one = demo.Generation([5, 6, 7], [1.0, 2.0, 3.0], 0.1)
+    other = demo.Generation([5, 8, 9], [1.0, 0.5, 3.0], 0.1)
+    assert demo._difference(3, one, other) == (
+        "prompt 3, token 1: recomputed 6, loaded 8 (logit margins 2 and 0.5)"
+    )
 
 
 def test_without_vllm_the_demo_says_so(monkeypatch, capfd):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal import columns, without_spaces
 from typer.testing import CliRunner
 
-from triton_offload.calibration import Path, default_calibration
+from triton_offload.calibration import Calibration, Path, PathRule, PathTable, default_calibration
 from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.host import HostDevice
@@ -240,6 +243,65 @@ def test_a_limit_that_the_driver_does_not_apply_is_no_problem():
     assert (pinning.status, "does not apply" in pinning.what) == (Status.OK, True)
 
 
+def by_direction(store: tuple[float, ...], load: tuple[float, ...]) -> tuple[Speed, ...]:
+    """Plain copies of 4 KiB pages, of 64 KiB pages and so on."""
+    ways = zip(Direction, (store, load), strict=True)
+    limits = [
+        Speed(way, 4096 * 16**i, None, speed) for way, it in ways for i, speed in enumerate(it)
+    ]
+    return (*without(None), *limits)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "problems"),
+    [
+        (by_direction((55.0,), (20.0,)), ["plain copy"]),
+        (by_direction((20.0,), (55.0,)), ["plain copy"]),
+        (by_direction((20.0, 55.0), (55.0, 20.0)), []),  # the best of several page sizes
+        (by_direction((37.9,), (37.9,)), []),  # 63 * 0.6 = 37.8
+        (by_direction((37.7,), (37.9,)), ["plain copy"]),
+    ],
+)
+def test_one_slow_direction_is_enough(speeds, problems):
+    findings = examine(replace(SOUND, speeds=speeds))
+    assert [f.name for f in findings if f.status is Status.PROBLEM] == problems
+
+
+def test_zero_copy_that_is_lost_is_for_pinning_to_explain():
+    findings = examine(replace(SOUND, speeds=without(Path.ZERO_COPY), pinned_bytes=0))
+    problems = [finding.name for finding in findings if finding.status is Status.PROBLEM]
+    assert problems == ["pinned memory"]
+    (paths,) = [finding for finding in findings if finding.name == "paths"]
+    assert paths.what == "staged, copy_engine"
+
+
+def test_a_pool_that_just_fits_is_no_problem():
+    size = SOUND.host_bytes
+    just = replace(SOUND, memory_limit=size, memory_available=size, shm_bytes=size)
+    assert sound(examine(just))
+    assert not sound(examine(replace(just, memory_limit=size - 1)))
+    assert not sound(examine(replace(just, memory_available=size - 1)))
+    assert not sound(examine(replace(just, shm_bytes=size - 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [
+        ("vllm", "0.32.0", True),
+        ("vllm", "0.321.0", False),
+        ("vllm", "0.3.2", False),
+        ("torch", "2.11.0", True),
+        ("torch", "2.9.1", False),
+        ("torch", "10.0", True),
+        ("triton", "3.10", True),
+        ("triton", "3", False),
+    ],
+)
+def test_a_version_is_known_by_two_whole_numbers(name, version, fits):
+    findings = examine(replace(SOUND, versions={**SOUND.versions, name: version}))
+    assert sound(findings) is fits
+
+
 def test_vllm_is_not_needed():
     findings = examine(replace(SOUND, versions={**SOUND.versions, "vllm": None}))
     assert sound(findings)
@@ -323,6 +385,19 @@ def test_a_slot_that_can_do_less_than_what_runs_is_not_believed(roots):
     plug_in(roots, ("32.0", 16), ("32.0", 16), ("2.5", 1))
     link = machine.read_link(roots.sys, GPU)
     assert link.best == LinkWidth(5, 16)
+
+
+@pytest.mark.parametrize(
+    ("card", "slot", "best"),
+    [
+        (LinkWidth(5, 16), LinkWidth(4, 8), LinkWidth(4, 8)),
+        (LinkWidth(4, 8), LinkWidth(5, 16), LinkWidth(4, 8)),
+        (LinkWidth(5, 8), LinkWidth(4, 16), LinkWidth(4, 8)),
+        (LinkWidth(4, 16), LinkWidth(5, 8), LinkWidth(4, 8)),
+    ],
+)
+def test_what_card_and_slot_can_do_together_is_the_less_of_both(card, slot, best):
+    assert Link(LinkWidth(3, 4), card, slot).best == best
 
 
 @pytest.mark.parametrize("slot", ["2.5", "16.0", "32.0"])
@@ -410,6 +485,30 @@ def test_facts_of_this_machine_name_every_path_beside_the_limit(roots):
     assert (found.memory_available, found.memory_limit) == (None, None)  # made-up roots are empty
 
 
+def test_the_path_of_auto_is_that_of_each_direction(roots, monkeypatch):
+    load_rule = PathRule(Direction.LOAD, 0, 0, Path.STAGED)
+    table = PathTable(Path.COPY_ENGINE, (load_rule,))
+    monkeypatch.setattr(facts, "load", lambda *args: Calibration(table))
+    found = gather(CPU, GIB, lambda done, total: None, roots, 8 << 20)
+    chosen = {(speed.direction, speed.path) for speed in found.speeds if speed.chosen}
+    assert chosen == {(Direction.STORE, Path.COPY_ENGINE), (Direction.LOAD, Path.STAGED)}
+
+
+def test_shared_memory_is_all_there_is_of_it(monkeypatch, tmp_path):
+    stat = SimpleNamespace(f_blocks=1000, f_frsize=4096, f_bsize=512, f_bavail=3, f_bfree=5)
+    monkeypatch.setattr(facts.os, "statvfs", lambda directory: stat)
+    assert facts._size_of(tmp_path) == 4096 * 1000
+
+
+def test_a_trial_that_could_not_be_pinned_says_so(roots, monkeypatch):
+    device = HostDevice()
+    monkeypatch.setattr(device, "register", lambda host: False, raising=False)
+    monkeypatch.setattr(facts, "device_for", lambda *args: device)
+    found = gather(CPU, GIB, lambda done, total: None, roots, 8 << 20)
+    assert (found.failure, found.pinned_bytes) == ("", 0)
+    assert Path.ZERO_COPY not in {speed.path for speed in found.speeds}
+
+
 def test_a_trial_that_fails_is_a_fact(roots, monkeypatch):
     def fail(*args):
         raise MemoryError("no room\nand many lines more")
@@ -477,6 +576,48 @@ def test_what_the_system_says_is_printed_as_it_is(monkeypatch):
     assert "trial transfers failed: boom [bold] [/nope]" in done.stdout
 
 
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_cuts_nothing(monkeypatch, width):
+    monkeypatch.setattr(cli_machine, "gather", lambda device, size, progress: SOUND)
+    arguments = ["doctor", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": str(width)})
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= width
+    findings, speeds = columns(done.stdout)
+    found = examine(SOUND)
+    assert findings == [
+        "ok" * len(found),
+        without_spaces(*(finding.name for finding in found)),
+        without_spaces(*(finding.what for finding in found)),
+    ]
+    paths = [f"{path.value}40.0040.00" for path in Path]
+    assert speeds == [
+        "directionstoreload",
+        "pagesof4.0KiB4.0KiB",
+        *paths,
+        "plaincopy55.0055.00",
+    ]
+
+
+def test_each_speed_is_shown_in_its_place(monkeypatch):
+    speeds = tuple(
+        Speed(way, size, path, float(number), path is Path.STAGED)
+        for number, (way, size, path) in enumerate(
+            itertools.product(Direction, (4096, 65536), (*Path, None)), 10
+        )
+    )
+    done, _ = run(monkeypatch, replace(SOUND, speeds=speeds[:-2]))
+    *_, shown = columns(done.stdout)
+    assert shown == [
+        "directionstorestoreloadload",
+        "pagesof4.0KiB64.0KiB4.0KiB64.0KiB",
+        "staged10.00*14.00*18.00*22.00*",
+        "zero_copy11.0015.0019.0023.00",
+        "copy_engine12.0016.0020.00-",
+        "plaincopy13.0017.0021.00-",
+    ]
+
+
 def test_json_and_nothing_else(monkeypatch):
     done, _ = run(monkeypatch, replace(SOUND, shm_bytes=0), "--json")
     told = json.loads(done.stdout)
@@ -497,7 +638,7 @@ def test_json_and_nothing_else(monkeypatch):
 def test_a_size_that_is_none_exits_with_2(monkeypatch):
     done, asked = run(monkeypatch, SOUND, "--host-bytes", "much")
     assert (done.exit_code, asked) == (2, [])
-    assert "host_bytes: expected a number of bytes" in done.stderr
+    assert done.stderr.startswith("triton-offload doctor: --host-bytes: expected a number of bytes")
 
 
 def test_on_a_machine_without_a_gpu_a_remark_is_not_wrong(monkeypatch):

@@ -455,11 +455,20 @@ def test_a_store_of_known_keys_counts_as_a_use(device):
     ("call", "message"),
     [
         (lambda o: o.lookup([b"a"], group=5), "group: expected 0 to 1, got 5"),
-        (lambda o: o.touch([b"a"], group=-3), "group: expected 0 to 1, got -3"),
-        (lambda o: o.lookup([b"a"], group=-1), "group: expected 0 to 1, got -1"),
-        (lambda o: o.load([b"a"], [1], group=True), "group: expected 0 to 1, got True"),
-        (lambda o: o.store([b"a"], [1], group=None), "group: expected 0 to 1, got None"),
-        (lambda o: o.store([b"a"], [1], group=1.0), "group: expected 0 to 1, got 1.0"),
+        (lambda o: o.touch([b"a"], group=-3), "group: expected .* 0, got -3"),
+        (lambda o: o.lookup([b"a"], group=-1), "group: expected .* 0, got -1"),
+        (
+            lambda o: o.load([b"a"], [1], group=True),
+            "group: expected .* 0, got True",
+        ),
+        (
+            lambda o: o.store([b"a"], [1], group=None),
+            "group: expected .* 0, got None",
+        ),
+        (
+            lambda o: o.store([b"a"], [1], group=1.0),
+            "group: expected .* 0, got 1.0",
+        ),
         (lambda o: o.store(b"a", [1]), "keys: expected one key .* got bytes"),
         (lambda o: o.lookup("a"), "keys: expected one key .* got str"),
         (lambda o: o.touch(None), "keys: expected one key .* got NoneType"),

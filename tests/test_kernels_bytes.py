@@ -287,7 +287,7 @@ class TestTheKernels:
     __test__ = not INTERPRETED
 
     def test_pass_the_same_cases_in_the_interpreter(self) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(
             command,
             env={**os.environ, "TRITON_INTERPRET": "1"},

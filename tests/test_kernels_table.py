@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from triton_offload.kernels.reference import gather_pages, scatter_pages
-from triton_offload.kernels.table import ByteRun, PageTable, check_run
+from triton_offload.kernels.table import ByteRun, PageTable, check_ids, check_run
 from triton_offload.kernels.tiling import KernelConfig
 
 
@@ -41,6 +41,28 @@ def test_pages_are_views_of_the_callers_memory() -> None:
     assert bool((cache[1] == 0).all())
 
 
+def test_one_block_has_no_stride() -> None:
+    for stride in (0, 3, 1000):
+        (row,) = PageTable([torch.zeros(2000).as_strided((1, 5), (stride, 1))]).pages
+        assert (row.block_stride, row.page_bytes) == (20, 20)
+
+
+def test_blocks_may_touch_and_not_overlap() -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    (row,) = PageTable([memory.as_strided((3, 5), (5, 1))]).pages
+    assert row.block_stride == 5
+    with pytest.raises(ValueError, match=r"block stride of at least a page \(5 bytes\), got 4"):
+        PageTable([memory.as_strided((3, 5), (4, 1))])
+
+
+def test_rows_of_slots_may_touch_and_not_overlap() -> None:
+    memory, table = torch.zeros(100, dtype=torch.uint8), table_of(4)
+    gather_pages(table, [0, 1, 2], memory.as_strided((3, 8), (8, 1)))
+    gather_pages(table, [0, 1], memory.as_strided((1, 8), (1, 1)))  # one row has no stride
+    with pytest.raises(ValueError, match=r"slots: .*overlap, got strides"):
+        gather_pages(table, [0], memory.as_strided((3, 8), (7, 1)))
+
+
 def test_a_group_keeps_the_slot_format_of_the_whole() -> None:
     group = table_of(10, 6, 4).group([(2, 4), (0, 8), (0, 3)])
     assert group.offsets == (32, 0, 0)
@@ -57,7 +79,10 @@ def test_a_group_keeps_the_slot_format_of_the_whole() -> None:
     ("make", "message"),
     [
         (lambda: PageTable([]), "tensors: expected at least one"),
-        (lambda: table_of(4, blocks_per_chunk=0), "blocks_per_chunk: expected at least 1, got 0"),
+        (
+            lambda: table_of(4, blocks_per_chunk=0),
+            "blocks_per_chunk: .*at least 1, got 0",
+        ),
         (lambda: PageTable([torch.zeros(3, 4, 5).transpose(1, 2)]), r"tensors\[0\]: .*contiguous"),
         (lambda: PageTable([torch.zeros(1, 5).expand(3, 5)]), r"tensors\[0\]: .*block stride"),
         (lambda: PageTable([torch.zeros(0, 5)]), r"tensors\[0\]: .*no empty dim"),
@@ -86,7 +111,7 @@ def test_refuses_a_wrong_table(make: Any, message: str) -> None:
         ([0, 1, 2], [0, 6], 0, "gather", r"slot_ids: expected ids in \[0, 6\), got 6"),
         ([0, 1, 2], [0], 0, "gather", "slot_ids: expected 2 ids .*got 1"),
         ([0, 1], [0], 1, "gather", "slot_ids: expected 2 ids .*got 1"),
-        ([0], None, -1, "gather", "first_block: expected at least 0, got -1"),
+        ([0], None, -1, "gather", "first_block: expected .* at least 0, got -1"),
         (list(range(8)) + list(range(5)), None, 0, "gather", "slots: expected at least 7"),
     ],
 )
@@ -101,6 +126,17 @@ def test_finds_duplicates_that_lie_far_apart() -> None:
     table = PageTable([torch.zeros(1_000_000, 1, dtype=torch.uint8)])
     with pytest.raises(ValueError, match="got 999999 2 times"):
         check_run(table, [999_999, 0, 999_999], 3, direction="scatter")
+
+
+@pytest.mark.parametrize("start", [0, 1, 5000, 2**40])
+def test_a_destination_named_twice_is_found_wherever_ids_lie(start: int) -> None:
+    for ids in ([0, 1], [1, 0, 2, 5], [0, 200], [3, 0, 6, 900], [0, 64 * 3, 7]):
+        apart = np.array(ids) + start
+        check_ids("ids", apart, start + 1000, distinct=True)
+        for first in range(len(ids)):
+            with pytest.raises(ValueError, match=f"ids: .*once, got {apart[first]} 2 times"):
+                check_ids("ids", np.append(apart, apart[first]), start + 1000, distinct=True)
+        check_ids("ids", np.append(apart, apart[0]), start + 1000, distinct=False)
 
 
 def test_sources_may_repeat() -> None:

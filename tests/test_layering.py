@@ -15,10 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "triton_offload"
 LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
     {"kernels.arguments"},  # numpy alone
-    {"version", "process_lock", "specs", "sizes", "kernels.table", "vllm.versions", "cli.models"},
+    {"scheduler.order", "scheduler.free_slots"},
+    {"version", "process_lock", "closing", "specs", "sizes", "kernels.table"},
+    {"vllm.versions", "cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
-    {"transfer.closing", "transfer.options"},
+    {"transfer.options"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},
     {"device.host", "device.cuda"},

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 from triton_offload.scheduler.manager import (
@@ -115,7 +116,7 @@ def test_keys_of_the_same_call_are_not_evicted_for_it(policy: str) -> None:
     store(manager, [C, B, A])  # A is the least recent one
     output = prepare(manager, [A, D])
     assert (output.keys_to_store, output.evicted_keys) == ((D,), (B,))
-    assert prepare(manager, [b"e"]).evicted_keys == (A,)  # and A kept its place
+    assert prepare(manager, [b"e"]).evicted_keys == (C,)  # A was offered with D, and outlives it
 
 
 def test_the_leading_chunk_outlives_the_trailing_ones(policy: str) -> None:
@@ -174,8 +175,19 @@ def test_a_failed_extension_loses_only_its_own_blocks(policy: str) -> None:
 def test_a_load_without_a_mask_wants_the_whole_chunk(policy: str) -> None:
     manager = CPUOffloadingManager(2, policy, blocks_per_chunk=2)
     store(manager, [A], [0b01])
-    with pytest.raises(UnwrittenBlocksError, match=r"got 0b11"):
+    with pytest.raises(UnwrittenBlocksError, match="got 0-1"):
         manager.prepare_load([A])
+    assert manager.num_pinned == 0
+
+
+def test_a_refused_load_names_blocks_by_their_numbers(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy, blocks_per_chunk=8)
+    store(manager, [A], [0b1000111])
+    with pytest.raises(
+        UnwrittenBlocksError, match=r"expected written blocks of chunk b'a' \(0-2, 6\), got 0, 3"
+    ):
+        manager.prepare_load([A], [0b1001])
+    manager._check()
     assert manager.num_pinned == 0
 
 
@@ -225,6 +237,10 @@ def test_one_call_can_load_a_key_twice(policy: str) -> None:
         (([A], [1, 1]), "blocks"),
         (([A], [0]), "blocks"),
         (([A], [4]), "blocks"),
+        (([A, B], [1, -1]), "blocks"),
+        (([A], [1.0]), "blocks"),
+        (([A], [None]), "blocks"),
+        (([A, B], [1]), "blocks"),
     ],
 )
 def test_wrong_arguments_are_named(policy: str, arguments: tuple[Any, ...], name: str) -> None:
@@ -236,11 +252,30 @@ def test_wrong_arguments_are_named(policy: str, arguments: tuple[Any, ...], name
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [((0,), "num_chunks"), ((1, "mru"), "policy"), ((1, "lru", 0), "blocks_per_chunk")],
+    [
+        ((1, "mru"), "policy"),
+        *(((bad,), "num_chunks") for bad in (0, -1, 1.0, True, None, "1")),
+        *(((1, "lru", bad), "blocks_per_chunk") for bad in (0, 2.0, True, np.bool_(1), None)),
+    ],
 )
 def test_a_pool_that_cannot_be_is_refused(arguments: tuple[Any, ...], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected .* got"):
         CPUOffloadingManager(*arguments)
+
+
+def test_numpy_s_integers_are_integers(policy: str) -> None:
+    manager = CPUOffloadingManager(np.int64(2), policy, blocks_per_chunk=np.int64(64))
+    assert (type(manager.num_chunks), manager.num_chunks) == (int, 2)
+    output = prepare(manager, [A])
+    assert output.blocks == ((1 << 64) - 1,)
+    manager.complete_store([A], success=False)
+    store(manager, [A, B], np.array([1, 6]))
+    assert manager.lookup([A, B], [np.uint64(1), np.int8(2)]) == 2
+    assert manager.lookup([A, B], np.array([1, 8])) == 1
+    assert prepare(manager, [A], [np.int64(7)]).blocks == (6,)
+    manager.complete_store([A])
+    manager.prepare_load([A, B], np.array([7, 6]))
+    manager._check()
 
 
 def test_a_load_older_than_a_reset_keeps_its_slot_and_never_unpins_the_new_chunk(
@@ -262,6 +297,24 @@ def test_a_load_older_than_a_reset_keeps_its_slot_and_never_unpins_the_new_chunk
     manager.complete_load([A])
     with pytest.raises(ValueError, match="keys"):
         manager.complete_load([A])
+
+
+def test_a_refused_load_unpins_nothing_that_is_older_than_a_reset(policy: str) -> None:
+    manager = CPUOffloadingManager(3, policy)
+    store(manager, [A])
+    manager.prepare_load([A])
+    manager.reset()
+    with pytest.raises(UnknownKeyError):
+        manager.prepare_load([A])
+    store(manager, [A])
+    manager.prepare_load([A])
+    manager.complete_load([A], latest=True)  # it could not be submitted
+    with pytest.raises(ValueError, match="being loaded"):
+        manager.complete_load([A], latest=True)  # and the older one isn't meant
+    manager._check()
+    assert (manager.num_used, manager.num_pinned) == (2, 1)
+    manager.complete_load([A])
+    assert (manager.num_used, manager.num_pinned) == (1, 0)
 
 
 @pytest.mark.parametrize("success", [True, False])
@@ -299,6 +352,70 @@ def test_what_could_not_be_submitted_is_taken_back_from_the_new_chunk(policy: st
     manager._check()
     assert manager.lookup_state(B) is ChunkState.MISSING
     assert (manager.num_used, manager.num_pinned) == (1, 0)
+
+
+def test_the_slots_that_a_reset_frees_are_given_out_as_a_run(policy: str) -> None:
+    manager = CPUOffloadingManager(6, policy)
+    store(manager, [A, B, C, D])
+    manager.prepare_load([B])
+    manager.reset()
+    manager._check()
+    assert manager.num_used == 1
+    slots = store(manager, [b"1", b"2", b"3", b"4", b"5"]).store_spec.slot_ids
+    assert slots.tolist() == [0, 2, 3, 4, 5]
+    manager.complete_load([B])
+    manager.reset()
+    assert store(manager, [A, B]).store_spec.slot_ids.tolist() == [0, 1]
+
+
+def test_the_slots_that_a_reset_frees_are_given_out_in_order(policy: str) -> None:
+    manager = CPUOffloadingManager(4, policy)
+    store(manager, [A, B, C, D])
+    manager.prepare_load([B])
+    manager.reset()
+    assert [store(manager, [key]).store_spec.slot_ids[0] for key in (A, C, D)] == [0, 2, 3]
+
+
+def test_a_second_reset_keeps_the_slots_of_older_transfers(policy: str) -> None:
+    manager = CPUOffloadingManager(2, policy)
+    store(manager, [A])
+    manager.prepare_load([A])
+    manager.reset()
+    store(manager, [B])
+    manager.reset()
+    manager._check()
+    assert store(manager, [B]).store_spec.slot_ids.tolist() == [1]
+    assert manager.prepare_store([B, C]) is None
+
+
+def test_an_extension_that_a_load_shares_is_pinned_until_both_have_ended(policy: str) -> None:
+    for load_first in (True, False):
+        manager = CPUOffloadingManager(1, policy, blocks_per_chunk=2)
+        store(manager, [A], [0b01])
+        if load_first:
+            manager.prepare_load([A], [0b01])
+        prepare(manager, [A], [0b10])
+        if not load_first:
+            manager.prepare_load([A], [0b01])
+        assert manager.num_pinned == 1
+        assert manager.prepare_store([B]) is None
+        (manager.complete_load if load_first else manager.complete_store)([A])
+        manager._check()
+        assert manager.num_pinned == 1
+        assert manager.prepare_store([B]) is None
+        (manager.complete_store if load_first else manager.complete_load)([A])
+        manager._check()
+        assert manager.num_pinned == 0
+        assert prepare(manager, [B]).evicted_keys == (A,)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_keys_given_twice_are_named(policy: str, times: int) -> None:
+    manager = CPUOffloadingManager(8, policy)
+    for method in (manager.prepare_store, manager.complete_store):
+        with pytest.raises(ValueError, match="expected distinct keys, got b'c' twice"):
+            method([A, B, *[C] * times, D])
+    assert manager.num_used == 0
 
 
 def test_events_are_merged_per_call(policy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def test_hits_bytes_and_evictions_are_those_of_the_trace():
     assert (report.stored_bytes, report.loaded_bytes) == (10 * CHUNK_BYTES, 5 * CHUNK_BYTES)
     assert report.evictions == 2
     assert (report.verified_chunks, report.wrong_chunks, report.ok) == (5, 0, True)
+    assert not report.partial
     assert report.verified_bytes == report.loaded_bytes
 
 
@@ -156,36 +158,88 @@ def test_a_wrong_byte_is_seen(monkeypatch):
     assert not report.ok
 
 
-def test_a_load_that_does_nothing_is_seen(monkeypatch):
+@pytest.mark.parametrize("in_flight", [1, 2])  # at 1 the pages hold the right bytes already
+def test_a_load_that_does_nothing_is_seen(monkeypatch, in_flight):
     monkeypatch.setattr(host_pages, "scatter", lambda *args: None)
-    assert replay([[1, 2], [1, 2]], SMALL).wrong_chunks == 2
+    options = replace(SMALL, in_flight=in_flight)
+    assert replay([[1, 2], [1, 2]], options).wrong_chunks == 2
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "at least one request"),
-        ('{"hash_ids": [1]}\nnonsense\n', "line 2: expected an object"),
-        ('{"input_length": 3}\n', 'line 1: expected an object with "hash_ids"'),
-        ('{"hash_ids": [1, 1]}\n', "line 1: expected distinct"),
-        ('{"hash_ids": []}\n', "at least one request with hash_ids"),
-        ('{"hash_ids": [1]}\n[2]\n', "line 2: expected an object"),
-        ('{"hash_ids": [true]}\n', "line 1: expected hash_ids from 0"),
-        ('{"hash_ids": [-1]}\n', "line 1: expected hash_ids from 0"),
+        ('{"hash_ids": [1]}\nnonsense\n', ":2: expected an object"),
+        ('{"input_length": 3}\n', ':1: expected an object with "hash_ids"'),
+        ('{"hash_ids": [1, 1]}\n', ":1: expected distinct"),
+        ('{"hash_ids": [1]}\n\n[2]\n', ":3: expected an object"),
+        ('{"hash_ids": [1]}\n"hash_ids"\n', ":2: expected an object"),
+        ("null\n", ":1: expected an object"),
+        ("[" * 100_000 + "\n", ":1: expected an object"),
+        ('{"hash_ids": [true]}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": [-1]}\n', r":1: expected hash_ids from 0 to 2\*\*31 - 1, got \[-1\]"),
+        ('{"hash_ids": [2147483648]}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": [1.0]}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": 7}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": null}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": {"1": 2}}\n', ":1: expected hash_ids from 0"),
+        ('{"hash_ids": [1], "input_length": -5}\n', ":1: expected input_length .* got -5"),
+        ('{"hash_ids": [1], "input_length": "many"}\n', ":1: expected input_length .* 'many'"),
+        ('{"hash_ids": [1], "input_length": 1.5}\n', ":1: expected input_length .* got 1.5"),
+        ('{"hash_ids": [1], "input_length": true}\n', ":1: expected input_length .* got True"),
+        ('{"hash_ids": [1], "output_length": -1}\n', ":1: expected output_length .* got -1"),
+        ('{"hash_ids": [1], "output_length": null}\n', ":1: expected output_length .* got None"),
+        ('{"hash_ids": [1], "timestamp": -3}\n', ":1: expected timestamp .* got -3"),
+        ('{"hash_ids": [1], "timestamp": -0.5}\n', ":1: expected timestamp .* got -0.5"),
+        ('{"hash_ids": [1], "timestamp": NaN}\n', ":1: expected timestamp .* got nan"),
+        ('{"hash_ids": [1], "timestamp": 1e999}\n', ":1: expected timestamp .* got inf"),
+        ('{"hash_ids": [1], "timestamp": "now"}\n', ":1: expected timestamp .* got 'now'"),
     ],
+    ids=lambda value: value[:40].strip() if value[:1] in '{["n' else "",
 )
-def test_a_trace_that_cannot_be_read_names_the_line(tmp_path, text, message):
+def test_a_line_that_is_no_request_is_named(tmp_path, text, message):
     trace = tmp_path / "trace.jsonl"
     trace.write_text(text)
-    with pytest.raises(TraceError, match=message):
+    with pytest.raises(TraceError, match=f"^{re.escape(str(trace))}{message}"):
         read_trace(trace)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", '{"hash_ids": []}\n'])
+def test_a_trace_that_asks_for_nothing_is_refused(tmp_path, text):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(text)
+    with pytest.raises(TraceError, match=f"^{trace}: expected at least one request with hash_ids"):
+        read_trace(trace)
+
+
+def test_what_a_request_may_say_of_itself_is_read(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"timestamp": 0, "input_length": 0, "output_length": 0, "hash_ids": [0, 2147483647]}\n'
+        '{"timestamp": 0.25, "hash_ids": [1], "session": "of no interest"}\n'
+    )
+    assert read_trace(trace) == [[0, 2**31 - 1], [1]]
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_bytes(b'{"hash_ids": [1]}\n\xff\xfe\n')
-    with pytest.raises(TraceError, match="line 2: expected an object"):
+    with pytest.raises(TraceError, match=r"trace\.jsonl:2: expected an object"):
         read_trace(trace)
+
+
+def test_a_replay_that_is_interrupted_ends_and_verifies_what_it_began():
+    requests = [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]
+    done: list[int] = []
+    report = replay(requests, SMALL, lambda n, rate: done.append(n), lambda: len(done) == 3)
+    assert done == [1, 2, 3]
+    assert (report.requests, report.requests_asked, report.partial) == (3, 4, True)
+    assert (report.references, report.hits, report.verified_chunks, report.ok) == (9, 4, 4, True)
+    assert report.loaded_bytes == report.verified_bytes == 4 * CHUNK_BYTES
+
+
+def test_a_replay_that_is_interrupted_before_it_began_reports_nothing():
+    report = replay([[1]], SMALL, interrupted=lambda: True)
+    assert (report.requests, report.partial, report.hit_rate, report.ok) == (0, True, 0.0, True)
 
 
 def test_a_limit_reads_the_first_requests(tmp_path):

@@ -296,3 +296,89 @@ def test_no_copy_crosses_a_piece_that_is_pinned_on_its_own():
         copied.append(list(range(first, first + len(there))))
     assert copied == [[2, 3], [4, 5, 6, 7], [8], [12, 13]]
     world.close()
+
+
+# -- past the sizes at which copies are cut, and slots cleared, in parts --
+
+MIB = 1 << 20
+
+
+def check_store_and_load(world: World, group: int, blocks, slots, first=0, fresh=True) -> None:
+    """Nothing but the bytes of these pages is other than before, in the pool and in the cache."""
+    flags = [fresh] * len(slots)
+    expected = world.after_store(world.pool.slots, group, blocks, slots, first, flags)
+    stored = world.queue.transfer_async(*store_specs(world, group, blocks, slots, first, fresh))
+    (result,) = world.finish(stored)
+    assert result.success, result.error
+    assert torch.equal(world.pool.slots, expected)
+    back = list(reversed(blocks))
+    loaded = world.expect_load(group, back, slots, first)
+    (result,) = world.finish(
+        world.queue.transfer_async(*load_specs(world, group, back, slots, first))
+    )
+    assert result.success, result.error
+    for tensor, wanted in zip(world.tensors, loaded, strict=True):
+        assert torch.equal(storage_of(tensor), wanted)
+    assert torch.equal(world.pool.slots, expected)
+
+
+@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize(
+    ("page_bytes", "num_chunks"),
+    [(8 * MIB + 1, 2), (8 * MIB, 1), (MIB, 9), (MIB, 8)],
+    ids=["a column more than a slice", "a slice", "a row more than a slice", "rows of a slice"],
+)
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "apart"])
+def test_jobs_of_more_than_a_slice_move_exactly_their_bytes(path, page_bytes, num_chunks, adjacent):
+    world = World.build(
+        [random_pages(num_chunks, page_bytes, page_bytes, 0, 1)],
+        num_slots=2 * num_chunks,
+        options=PipelineOptions(path=path, buffer_bytes=num_chunks * page_bytes, num_buffers=1),
+    )
+    world.pool.slots.fill_(POISON)
+    slots = range(1, num_chunks + 1) if adjacent else range(0, 2 * num_chunks, 2)
+    check_store_and_load(world, 0, list(range(num_chunks)), list(slots))
+    world.close()
+
+
+@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("more", [-3, 0, 1], ids=["less", "two", "more"])
+def test_a_fresh_slot_of_more_than_a_mebibyte_is_cleared_to_its_end(path, more):
+    """A small chunk follows a big one there; then a part of a big one."""
+    page_bytes = MIB + more - 8
+    world = World.build(
+        [random_pages(4, page_bytes, page_bytes, 0, 1), random_pages(4, 8, 8, 0, 2)],
+        blocks_per_chunk=2,
+        groups=[[(0, page_bytes), (1, 8)], [(1, 8)], [(0, 5)]],
+        num_slots=3,
+        options=PipelineOptions(path=path, buffer_bytes=1, num_buffers=1),
+    )
+    whole = store_specs(world, 0, [0, 1], [1], 0, True)
+    for group, blocks, first in ((1, [2, 3], 0), (2, [1], 1), (0, [2], 1), (0, [3], 0)):
+        world.finish(world.queue.transfer_async(*whole))
+        check_store_and_load(world, group, blocks, [1], first)
+    assert not world.pool.slots[0].any()
+    assert not world.pool.slots[2].any()
+    world.close()
+
+
+def test_scattered_slots_of_more_than_a_slice_are_cut(monkeypatch):
+    for module in ("ranges", "paths"):
+        monkeypatch.setattr(f"triton_offload.transfer.{module}.SLICE_BYTES", 100)
+    world = World.build(
+        [random_pages(8, 64, 64, 0, 5), random_pages(8, 48, 48, 0, 6)],
+        num_slots=16,
+        options=PipelineOptions(path=Path.STAGED, buffer_bytes=8 * 112),
+    )
+    widths: list[int] = []
+    copy = world.pool.device.copy
+
+    def watched(dst, src, stream):
+        widths.append(dst.numel())
+        copy(dst, src, stream)
+
+    monkeypatch.setattr(world.pool.device, "copy", watched)
+    monkeypatch.setattr(world.pool.device, "copy_batch", None)  # never called
+    check_store_and_load(world, 0, list(range(8)), list(range(0, 16, 2)))
+    assert max(widths) == 100
+    world.close()

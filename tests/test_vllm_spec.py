@@ -7,17 +7,24 @@ of the other supported one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
+import importlib
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from gated import GatedDevice
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vllm's own imports warn about
@@ -25,12 +32,19 @@ with warnings.catch_warnings():
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.kv_offload import base, config
     from vllm.v1.kv_offload.cpu import manager as cpu_manager
+    from vllm.v1.kv_offload.cpu import shared_offload_region
     from vllm.v1.kv_offload.cpu import spec as cpu_spec
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
     from triton_offload import vllm as plugin
+    from triton_offload.pool.host_pool import HostPool
+    from triton_offload.transfer.queue_manager import OffloadingQueueManager
     from triton_offload.vllm import spec as plugin_spec
+
+# Modules as many as vllm's take a second to look through at every `gc.collect`.
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 _OTHER_VLLM = Path(sys.prefix) / "vllm-0.33"
 _B = 3  # blocks a chunk
@@ -191,9 +205,8 @@ def test_pages_of_overlaid_groups_and_partial_chunks_come_back(
         worker.shutdown()
 
 
-def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
-    caches: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform is CUDA, so that there is a region; nothing is pinned, and no other rank."""
     cuda = SimpleNamespace(
         is_cuda=lambda: True,
         is_cpu=lambda: False,
@@ -205,6 +218,12 @@ def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
         monkeypatch.setattr(module, "current_platform", cuda)
     monkeypatch.setattr(cpu_spec, "_all_workers_barrier", lambda: None)
     monkeypatch.setattr(plugin_spec, "PIN_MEMORY", False)
+
+
+def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
+    caches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_cuda(monkeypatch)
     regions = []
     create_region = plugin.TritonOffloadingSpec._create_region
 
@@ -229,6 +248,363 @@ def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
     worker.shutdown()
     assert region.mmap_obj is None
     assert not Path(region.mmap_path).exists()
+
+
+# -- what is freed, whatever happens --
+
+
+def _mappings() -> Counter[str]:
+    """What is mapped of shared memory: private pools and regions, by name."""
+    names = (line.split(maxsplit=5)[5] for line in _read_maps() if len(line.split()) > 5)
+    return Counter(name.strip() for name in names if "/dev/zero" in name or "vllm_offload" in name)
+
+
+def _read_maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
+def _resources() -> tuple[Any, ...]:
+    """What this process holds, cycles apart: mappings, threads of ours, vLLM's files."""
+    gc.collect()
+    threads = Counter(t.name for t in threading.enumerate() if t.name.startswith("triton-offload"))
+    opened = sorted(
+        path for path in map(_target, Path("/proc/self/fd").iterdir()) if "vllm_offload" in path
+    )
+    left = sorted(Path("/dev/shm").glob(f"vllm_offload_test-{os.getpid()}-*"))
+    return _mappings(), threads, opened, left
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the one of the iteration itself
+        return ""
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What vLLM's region warns about, without the tracebacks: those hold what is to be freed."""
+    warnings: list[Any] = []
+    logger = shared_offload_region.logger
+    monkeypatch.setattr(logger, "warning", lambda *args, **kwargs: warnings.append(args[0]))
+    return warnings
+
+
+@pytest.fixture(params=["private", "shared region"])
+def pool_kind(
+    request: pytest.FixtureRequest, warned: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    if request.param != "private":
+        _pretend_cuda(monkeypatch)
+    kind: str = request.param
+    return kind
+
+
+class Failing:
+    """Calls that fail a number of times, after they did what they do or before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.struck = 0
+
+    def let(self, owner: Any, name: str, times: int, after: bool) -> None:
+        original = getattr(owner, name)
+        left = times
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                return original(*args, **kwargs)
+            left -= 1
+            self.struck += 1
+            if after:
+                original(*args, **kwargs)
+            raise OSError(f"injected: {name}")
+
+        self._patch.setattr(owner, name, call)
+
+
+_STEPS = {
+    "manager.shutdown": (OffloadingQueueManager, "shutdown"),
+    "pool.close": (HostPool, "close"),
+    "release": (SharedOffloadRegion, "cleanup"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("step", _STEPS)
+def test_a_shutdown_of_which_a_step_fails_frees_the_rest_and_then_that_too(
+    caches: Any,
+    pool_kind: str,
+    step: str,
+    times: int,
+    after: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if step == "release" and pool_kind == "private":
+        return  # there is none
+    before = _resources()
+    owner, name = _STEPS[step]
+    failing = Failing(monkeypatch)
+    failing.let(owner, name, times, after)
+    ran: list[str] = []
+    for other, (cls, method) in _STEPS.items():
+        if other != step:
+            _note_calls(monkeypatch, cls, method, ran, other)
+    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+    worker.submit_store(1, _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1]))
+    assert _resources() != before
+    for _ in range(times):
+        with pytest.raises(OSError, match=f"injected: {name}"):
+            worker.shutdown()
+    assert worker.get_finished() == []
+    others = [other for other in _STEPS if other != step]
+    if pool_kind == "private" and "release" in others:
+        others.remove("release")
+    assert ran == others, "a step was left out, or run again"
+    worker.shutdown()
+    worker.shutdown()
+    assert failing.struck == times
+    assert _resources() == before
+
+
+def _note_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, into: list[str], what: str
+) -> None:
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        into.append(what)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_a_region_is_unmapped_though_a_cycle_holds_a_tensor_over_it(
+    caches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_cuda(monkeypatch)
+    before = _mappings()
+    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+    gc.collect()
+    gc.disable()  # or the collector might come by chance
+    try:
+        cycle: list[Any] = [worker.pool.slots]
+        cycle.append(cycle)
+        del cycle
+        assert _mappings() != before
+        worker.shutdown()
+        assert _mappings() == before
+    finally:
+        gc.enable()
+
+
+_CREATION = {
+    "device_for": (plugin_spec, "device_for"),
+    "calibration_for": (plugin_spec, "calibration_for"),
+    "allocate": (HostPool, "allocate"),
+    "pin": (plugin_spec.vllm_worker, "pin_mmap_region"),
+    "view": (SharedOffloadRegion, "create_next_worker_view"),
+    "from_tensor": (HostPool, "from_tensor"),
+    "queue": (plugin_spec, "transfer_queue"),
+    "worker": (plugin_spec, "TritonOffloadingWorker"),
+}
+
+
+@pytest.mark.parametrize("step", _CREATION)
+def test_a_worker_that_can_not_be_made_leaves_nothing_and_a_second_try_works(
+    caches: Any, pool_kind: str, step: str, warned: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if step in (["pin", "view", "from_tensor"] if pool_kind == "private" else ["allocate"]):
+        return  # takes no part
+    monkeypatch.setattr(plugin_spec, "PIN_MEMORY", True)
+    for name in ("host_register", "host_unregister"):
+        monkeypatch.setattr(plugin_spec.vllm_worker, name, lambda *args: True)
+    monkeypatch.setattr(shared_offload_region, "host_unregister", lambda *args: True)
+    before = _resources()
+    spec = plugin.TritonOffloadingSpec(_make_config())
+    failing = Failing(monkeypatch)
+    owner, name = _CREATION[step]
+    failing.let(owner, name, 1, after=False)
+    with pytest.raises(OSError, match=f"injected: {name}"):
+        spec.get_worker(caches)
+    assert _resources() == before
+    assert not warned
+    worker = spec.get_worker(caches)
+    _check_round_trip(worker, caches, worker.pool.slots[:, :_SLOT], expedited=False)
+    worker.shutdown()
+    assert _resources() == before
+
+
+@pytest.mark.parametrize("path", ["auto", "staged"])
+@pytest.mark.parametrize("where", ["inference mode", "another default device"])
+def test_a_worker_is_made_wherever_the_engine_builds_it(
+    caches: Any, pool_kind: str, path: str, where: str
+) -> None:
+    extra = {"cpu_bytes_to_use": _CHUNKS * 4096, "path": path}
+    spec = plugin.TritonOffloadingSpec(_make_config(extra_config=extra))
+    with torch.inference_mode() if where == "inference mode" else torch.device("meta"):
+        worker = spec.get_worker(caches)
+    try:
+        _check_round_trip(worker, caches, worker.pool.slots[:, :_SLOT], expedited=False)
+    finally:
+        worker.shutdown()
+
+
+def test_what_is_pinned_at_once_bounds_what_is_copied_at_once(
+    caches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_cuda(monkeypatch)
+    registered: list[tuple[int, int]] = []
+
+    def register(address: int, size: int) -> bool:
+        registered.append((address, size))
+        return True
+
+    monkeypatch.setattr(plugin_spec, "PIN_MEMORY", True)
+    monkeypatch.setattr(plugin_spec.vllm_worker, "host_register", register)
+    monkeypatch.setattr(shared_offload_region, "host_unregister", lambda address: None)
+    row = 4096
+    # bytes that are pinned at once, rows that are
+    for most, rows in [
+        (row, 1),
+        (2 * row - 1, 1),
+        (2 * row, 2),
+        (3 * row, 3),
+        (4 * row - 1, 3),
+        (9 * row, 9),
+        (10 * row, 10),
+        (99 * row, 10),
+        (1, 1),
+    ]:
+        monkeypatch.setattr(plugin_spec.vllm_worker, "MAX_HOST_REGISTER_CHUNK_BYTES", most)
+        registered.clear()
+        worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+        assert worker.pool.pinned
+        assert worker.pool.piece_slots == rows
+        # Two slots of one piece lie in one range that was pinned.
+        start = worker.pool.slots.data_ptr()
+        for slot in range(_CHUNKS):
+            piece = slot // worker.pool.piece_slots * worker.pool.piece_slots
+            address = start + slot * row
+            (begin, size) = next(r for r in registered if r[0] <= address < r[0] + r[1])
+            assert begin <= start + piece * row
+            assert address + _SLOT <= begin + size
+        worker.shutdown()
+
+
+def test_slots_that_are_pinned_one_by_one_are_copied_one_by_one(
+    caches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_cuda(monkeypatch)
+    monkeypatch.setattr(plugin_spec, "PIN_MEMORY", True)
+    monkeypatch.setattr(shared_offload_region, "host_unregister", lambda address: None)
+
+    def pin_slots(region: Any, worker_slot_only: bool = False) -> None:
+        start = region.base_tensor.data_ptr()
+        order = [*range(4, _CHUNKS), *range(4)]  # each rank begins elsewhere
+        region.pinned_addresses.extend(start + 4096 * row for row in order)
+        region.is_pinned = True
+
+    monkeypatch.setattr(plugin_spec.vllm_worker, "pin_mmap_region", pin_slots)
+    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+    assert worker.pool.piece_slots == 1
+    worker.shutdown()
+
+
+# -- what vLLM writes anew --
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["vllm's int32", "int64"])
+def test_ids_are_the_jobs_own_from_the_moment_of_the_call(
+    monkeypatch: pytest.MonkeyPatch, wide: bool
+) -> None:
+    jobs = 120
+    gate = GatedDevice()
+    monkeypatch.setattr(plugin_spec, "device_for", lambda *args: gate)
+    caches = _random_caches(1)
+    extra = {"cpu_bytes_to_use": jobs * 4096}
+    worker = plugin.TritonOffloadingSpec(_make_config(extra_config=extra)).get_worker(caches)
+    pages, slots = _blocks([[0, 0], []], [0, 0]), CPULoadStoreSpec([0])
+    if wide:
+        pages.block_ids, slots.block_ids = (ids.block_ids.astype("int64") for ids in (pages, slots))
+    worker.pool.slots.fill_(0x5A)
+    expected = worker.pool.slots.clone()
+    gate.gate.clear()
+    for job in range(jobs):
+        blocks, first = [job % _BLOCKS, (job + 7) % _BLOCKS], job % 2
+        pages.block_ids[:], slots.block_ids[:] = blocks, job
+        pages.group_sizes, pages.block_indices = [2, 0], [first, 0]
+        _store_by_hand(expected, caches, [blocks, []], [first, 0], [job])
+        worker.submit_store(job, pages, slots)
+        # What is written where these point is wrong, or out of bounds.
+        pages.block_ids[:], slots.block_ids[:] = 10**9, 10**9
+        pages.group_sizes[:], pages.block_indices[:] = [9, 9], [9, 9]
+    gate.gate.set()
+    _drain(worker, jobs)
+    assert torch.equal(worker.pool.slots, expected)
+
+    wanted = [cache.tensor.clone() for cache in caches.tensors]
+    for cache in caches.tensors:
+        cache.tensor.fill_(0x41)
+    gate.gate.clear()
+    for job in range(_BLOCKS // 2):  # blocks 2n and 2n + 1 again from any chunk that has them
+        for block in (2 * job, 2 * job + 1):
+            chunk = block if block % 2 == 0 else block + _BLOCKS  # the first block of its run
+            pages.group_sizes, pages.block_indices = [1, 0], [chunk % 2, 0]
+            source = base.GPULoadStoreSpec([block], [1, 0], [chunk % 2, 0])
+            source.block_ids = pages.block_ids[:1]
+            source.block_ids[:], slots.block_ids[:] = block, chunk
+            worker.submit_load(1000 + block, slots, source)
+            source.block_ids[:], slots.block_ids[:] = 10**9, 10**9
+    gate.gate.set()
+    _drain(worker, _BLOCKS)
+    for tensor, size in _GROUPS[0]:
+        got = caches.tensors[tensor].tensor
+        assert torch.equal(got[:, :size], wanted[tensor][:, :size])
+        assert (got[:, size:] == 0x41).all()
+    worker.shutdown()
+
+
+# -- jobs --
+
+
+def test_a_wait_is_for_every_job_that_is_named(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in (31, 32, 33):
+        worker.submit_store(job, _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1]))
+    asked: list[Any] = []
+    monkeypatch.setattr(worker._manager, "wait", asked.append)
+    worker.wait([33, 4, 31])
+    assert asked == [[worker._ours[33], worker._ours[31]]]
+
+
+def test_to_give_way_is_no_error_and_only_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = GatedDevice()
+    monkeypatch.setattr(plugin_spec, "device_for", lambda *args: gate)
+    worker = plugin.TritonOffloadingSpec(_make_config()).get_worker(_random_caches(2))
+    blocks, slots = _blocks([[1], []], [0, 0]), CPULoadStoreSpec([1])
+    worker.submit_store(1, blocks, slots)
+    _drain(worker, 1)
+    gate.gate.clear()
+    worker.submit_store(2, blocks, CPULoadStoreSpec([2]))
+    worker.submit_load(3, slots, blocks)
+    asked = []
+    wait = worker._manager.wait
+
+    def note(jobs: Any, timeout: float) -> None:
+        asked.append(list(jobs))
+        wait(jobs, timeout)
+
+    monkeypatch.setattr(worker._manager, "wait", note)
+    assert worker.get_finished() == []
+    assert asked == [[worker._ours[3]]]
+    gate.gate.set()
+    _drain(worker, 2)
+    worker.shutdown()
 
 
 def test_every_job_is_reported_once_and_wait_ignores_what_it_does_not_know(worker: Any) -> None:
@@ -345,13 +721,60 @@ _SUPPORT = "supports vLLM 0.32 and 0.33 on CUDA and on vLLM's CPU platform"
 
 
 _REFUSED = [
+    (
+        {"extra_config": {"cpu_bytes_to_use": 1 << 20, "secondary_tiers": [{"type": "fs"}]}},
+        r"secondary_tiers: expected none, .*got \[{'type': 'fs'}\]",
+    ),
+    ({"extra_config": {}}, 'cpu_bytes_to_use: expected .* like "8GiB", got None'),
+    *(
+        (
+            {"extra_config": {"cpu_bytes_to_use": size}},
+            f'^cpu_bytes_to_use: expected .* like "8GiB", got {re.escape(repr(size))}$',
+        )
+        for size in ("much", "64 parsecs", -4096, True, float("nan"), float("inf"), [4096])
+    ),
     ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
     ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
+    ({"extra_config": {"cpu_bytes_to_use": 0}}, "at least one chunk, got 0"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), _REFUSED, ids=["canonical layout", "small pool"])
+@pytest.mark.parametrize(
+    ("size", "chunks"),
+    [
+        ("64KiB", 16),
+        ("65536", 16),
+        (65536, 16),
+        (65535, 15),
+        (65536.0, 16),  # what vLLM makes of kv_offloading_size
+        ("0.5MiB", 128),
+    ],
+)
+def test_sizes_are_those_that_people_write(size: Any, chunks: int) -> None:
+    extra = {"cpu_bytes_to_use": size, "store_threshold": 2, "secondary_tiers": []}
+    given = _make_config(extra_config=extra)
+    spec = plugin.TritonOffloadingSpec(given)
+    assert spec.num_chunks == chunks
+    assert spec.extra_config["store_threshold"] == 2
+    assert given.extra_config["cpu_bytes_to_use"] is size, "the caller's configuration was changed"
+
+
+def test_more_than_the_memory_there_is_names_what_vllms_users_set(
+    caches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise ValueError("host_bytes: expected at most 3 GiB, got 10 TiB")
+
+    monkeypatch.setattr(HostPool, "allocate", refuse)
+    with pytest.raises(ValueError, match=r"^cpu_bytes_to_use: expected at most 3 GiB, got 10 TiB$"):
+        plugin.TritonOffloadingSpec(_make_config()).get_worker(caches)
+
+
+@pytest.mark.parametrize(("changes", "message"), _REFUSED)
 def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as got:
+        plugin.TritonOffloadingSpec(_make_config(**changes))
+    assert "\n" not in str(got.value)
     with pytest.raises(ValueError, match=message):
         plugin.TritonOffloadingSpec(_make_config(**changes))
 
@@ -367,6 +790,20 @@ def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_version_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM {version}"):
         plugin.require_version(version)
+
+
+def test_another_vllm_is_refused_when_the_plug_in_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "__version__", "0.31.4")
+        with pytest.raises(ImportError, match=f"{_SUPPORT}.*got vLLM 0.31.4"):
+            importlib.reload(plugin)
+    with monkeypatch.context() as patch:  # as where a module of vLLM's has another name
+        patch.setitem(sys.modules, "triton_offload.vllm.spec", None)
+        with pytest.raises(ImportError, match=f"{_SUPPORT}.*lacks what they have: .*vllm.spec"):
+            importlib.reload(plugin)
+    importlib.reload(plugin)
 
 
 def test_caches_that_do_not_fit_their_slot_and_unknown_paths_are_refused(caches: Any) -> None:

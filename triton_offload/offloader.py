@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ import torch
 from triton_offload.calibration import Calibration
 from triton_offload.device import Device, device_for
 from triton_offload.job import OffloadJob
+from triton_offload.kernels.arguments import as_integer
 from triton_offload.kernels.table import check_ids
 from triton_offload.ledger import Entry, JobLedger
 from triton_offload.pool.host_pool import HostPool
@@ -387,9 +387,8 @@ class KVOffloader:
         """Keys as the manager knows them: where there are several groups, with the group's number
         behind, as vLLM does."""
         count = len(self._layout.groups)
-        if isinstance(group, bool) or not isinstance(group, SupportsIndex):
-            raise ValueError(f"group: expected 0 to {count - 1}, got {group!r}")
-        if not 0 <= operator.index(group) < count:
+        number = as_integer("group", group)
+        if number >= count:
             raise ValueError(f"group: expected 0 to {count - 1}, got {group}")
         if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
             raise ValueError(f"keys: expected one key (bytes) a chunk, got {type(keys).__name__}")
@@ -399,7 +398,7 @@ class KVOffloader:
                 raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
         if count == 1:
             return keys
-        suffix = operator.index(group).to_bytes(4, "big")
+        suffix = number.to_bytes(4, "big")
         return [key + suffix for key in keys]
 
     def _device_spec(self, ids: Ids, first: int, group: int) -> GPULoadStoreSpec:

@@ -39,7 +39,7 @@ class LoadStoreSpec:
     """Where one end of a transfer lies. A medium of your own subclasses this."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GPULoadStoreSpec(LoadStoreSpec):
     """Blocks of device memory, in the order of their groups.
 
@@ -82,7 +82,7 @@ class GPULoadStoreSpec(LoadStoreSpec):
         return type(self), (self.block_ids, self.group_sizes, self.block_indices)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CPULoadStoreSpec(LoadStoreSpec):
     """Slots of the host pool, one per chunk, in the order of the groups' chunks.
 

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+
+from triton_offload.cli.output import table
 
 if TYPE_CHECKING:
     from triton_offload.vllm import TransferCounts, TritonOffloadingWorker
@@ -142,6 +143,10 @@ class Engine:
     def poison(self) -> int:
         """Overwrite every byte of the device's KV cache and return how many there are."""
         return sum(self.llm.collective_rpc(_poison_pages))
+
+    def close(self) -> None:
+        """End the engine, and with it the connector's transfers and pool."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     @staticmethod
     def _connector_worker() -> Any:
@@ -278,6 +283,11 @@ def measure(name: str, model: Path, advance: Any = lambda: None) -> DemoResult:
             max_model_len=4096,
             max_num_batched_tokens=4096,
         )
+    with closing(engine):
+        return _measure_with(engine, name, prompts, advance)
+
+
+def _measure_with(engine: Engine, name: str, prompts: list[list[int]], advance: Any) -> DemoResult:
     engine.generate([prompts[0][::-1]], _OUTPUT_TOKENS)  # warm up: another prompt, as long
     engine.settle()
     recomputed, loaded = [], []
@@ -363,15 +373,16 @@ def _run_demo(console: Console, json_output: bool) -> int:
 
 def _print_table(console: Console, result: DemoResult) -> None:
     title = f"{result.model} in vLLM on the {result.platform}: {result.num_prompts} prompts"
-    table = Table("", "device to host", "host to device", title=title)
+    moved = table("", "device to host", "host to device", title=title)
     ways = (result.stores, result.loads)
-    table.add_row("jobs", *(f"{way.jobs}" for way in ways))
-    table.add_row("bytes", *(f"{way.num_bytes / 2**20:.1f} MiB" for way in ways))
+    moved.add_row("jobs", *(f"{way.jobs}" for way in ways))
+    moved.add_row("bytes", *(f"{way.num_bytes / 2**20:.1f} MiB" for way in ways))
     rates = (way.num_bytes / max(way.seconds, 1e-9) / 1e9 for way in ways)
-    table.add_row("rate", *(f"{rate:.2f} GB/s" for rate in rates))
-    console.print(table)
+    moved.add_row("rate", *(f"{rate:.2f} GB/s" for rate in rates))
+    console.print(moved)
     a, b = result.seconds_to_first_recomputed, result.seconds_to_first_loaded
-    times = Table("", "recomputed", "loaded", "speed-up", title="time to first token, medians")
+    headers = ("", "recomputed", "loaded", "speed-up")
+    times = table(*headers, title="time to first token, medians")
     times.add_row("seconds", f"{a:.3f}", f"{b:.3f}", f"{a / b:.1f} x")
     console.print(times)
     verdict = "all outputs are equal" if result.all_equal else "outputs differ, equal are only"
@@ -385,17 +396,14 @@ def _quiet(log: Path) -> Iterator[None]:
     """Send what the process prints to `log`: engines and their libraries print from C++ too."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
-    saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-    try:
-        with log.open("w") as file:
-            for fd, _ in saved:
-                os.dup2(file.fileno(), fd)
-            yield
-    finally:
-        sys.stdout.flush()
-        for fd, original in saved:
-            os.dup2(original, fd)
-            os.close(original)
+    with ExitStack() as rest, log.open("w") as file:
+        for fd in (1, 2):
+            original = os.dup(fd)
+            rest.callback(os.close, original)
+            rest.callback(os.dup2, original, fd)
+            os.dup2(file.fileno(), fd)
+        rest.callback(sys.stdout.flush)
+        yield
 
 
 if __name__ == "__main__":

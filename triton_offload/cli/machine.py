@@ -20,6 +20,7 @@ from rich.text import Text
 
 from triton_offload.calibration import Calibration
 from triton_offload.calibration import Path as TransferPath
+from triton_offload.cli.output import in_options, table
 from triton_offload.doctor import checks
 from triton_offload.doctor.checks import Finding, Status
 from triton_offload.doctor.facts import Facts, Speed, gather
@@ -114,7 +115,8 @@ def _device(name: str, command: str) -> torch.device:
 
 
 def _usage(command: str, error: object) -> typer.Exit:
-    typer.echo(f"triton-offload {command}: {error}", err=True)
+    message = in_options(str(error), {"device": "--device", "host_bytes": "--host-bytes"})
+    typer.echo(f"triton-offload {command}: {message}", err=True)
     return typer.Exit(2)
 
 
@@ -127,50 +129,45 @@ def _progress(name: str) -> Iterator[Progress]:
 
 
 def _calibration_table(title: str, calibration: Calibration) -> Table:
-    table = Table(title=Text(title))
-    table.add_column("direction")
-    table.add_column("pages of", justify="right")
-    for count in PAGES:
-        table.add_column(f"a job of {count}")
+    jobs = (f"a job of {count}" for count in PAGES)
+    shown = table("direction", "pages of", *jobs, title=title, right=(1,))
     for way, size in itertools.product(Direction, PAGE_BYTES):
         chosen = (calibration.paths.choose(way, size, count).value for count in PAGES)
-        table.add_row(way.value, format_bytes(size), *chosen)
+        shown.add_row(way.value, format_bytes(size), *chosen)
     details = [f"staging buffers of {format_bytes(calibration.buffer_bytes)}"]
     for name in ("staged", "zero_copy"):
         shape = getattr(calibration, name)
         if shape is not None:
             details.append(f"{name}: {shape.programs} CTAs of {shape.warps} warps")
-    table.caption = "; ".join(details)
-    return table
+    shown.caption = "; ".join(details)
+    return shown
 
 
 def _findings_table(findings: list[Finding]) -> Table:
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    shown = table("", "", "", show_header=False)
     for finding in findings:
         style = _STYLES[finding.status]
         advice = f"\n-> {finding.advice}" if finding.advice else ""
         status = Text(finding.status.value, style)
         # Not as markup: what the system says may have brackets.
-        table.add_row(status, finding.name, Text(finding.what + advice))
-    return table
+        shown.add_row(status, finding.name, Text(finding.what + advice))
+    return shown
 
 
 def _speeds_table(speeds: tuple[Speed, ...]) -> Table:
-    table = Table(title="GB/s, scattered pages to adjacent slots", caption="*: the path of auto")
     names = [*(path.value for path in TransferPath), "plain copy"]
-    for name in ("direction", "pages of", *names):
-        table.add_column(name, justify="left" if name == "direction" else "right")
+    title = "GB/s, scattered pages to adjacent slots"
+    numbers = tuple(range(1, 2 + len(names)))
+    shown = table("direction", "pages of", *names, title=title, right=numbers)
+    shown.caption = "*: the path of auto"
     for way, size in dict.fromkeys((s.direction, s.page_bytes) for s in speeds):
         cells = {
             s.path.value if s.path else "plain copy": f"{s.gb_per_s:.2f}" + "*" * s.chosen
             for s in speeds
             if (s.direction, s.page_bytes) == (way, size)
         }
-        table.add_row(way.value, format_bytes(size), *(cells.get(name, "-") for name in names))
-    return table
+        shown.add_row(way.value, format_bytes(size), *(cells.get(name, "-") for name in names))
+    return shown
 
 
 def _as_json(ok: bool, findings: list[Finding], facts: Facts) -> dict[str, Any]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +19,14 @@ from rich.table import Table
 import triton_offload
 from triton_offload.cli.machine import calibrate, doctor
 from triton_offload.cli.models import MODELS
-from triton_offload.cli.replay import ReplayOptions, ReplayReport, chunks_in, read_trace
+from triton_offload.cli.output import in_options, table
+from triton_offload.cli.replay import (
+    ReplayOptions,
+    ReplayReport,
+    TraceError,
+    chunks_in,
+    read_trace,
+)
 from triton_offload.cli.replay import replay as run_replay
 from triton_offload.sizes import format_bytes, parse_bytes
 
@@ -28,6 +39,10 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(doctor)
 _DEFAULTS = ReplayOptions()
+_OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (field.name for field in dataclasses.fields(ReplayOptions))
+}
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -98,7 +113,7 @@ def replay(
     """Drive an offloader with the requests of a trace and verify every loaded byte.
 
     Runs on CPU memory. Exits with 1 where a byte is wrong or a transfer failed, with 2 on bad
-    input.
+    input, with 130 where Ctrl-C ended it early: the report is of what was served until then.
     """
     try:
         num_chunks = _num_chunks(chunks, host_bytes, model, chunk_tokens)
@@ -106,29 +121,61 @@ def replay(
             model, num_chunks, chunk_tokens, block_tokens, scale, policy, path, in_flight, limit
         )
         requests = read_trace(trace, limit)
-        report = _with_progress(requests, options)
-    except (ValueError, OSError, MemoryError) as error:
-        typer.echo(f"triton-offload replay: {error}", err=True)
-        raise typer.Exit(2) from error
+        with _interrupts() as interrupted:
+            report = _with_progress(requests, options, interrupted)
+    except (OSError, MemoryError, TraceError) as error:
+        raise _bad_input(str(error)) from error
+    except ValueError as error:
+        size = "--chunks" if host_bytes is None else "--host-bytes"
+        names = {**_OPTIONS, "num_chunks": size, "host_bytes": size}
+        raise _bad_input(in_options(str(error), names)) from error
     if json_output:
         facts = {**dataclasses.asdict(options), **dataclasses.asdict(report)}
-        for name in ("hit_rate", "store_gb_per_s", "load_gb_per_s", "ok"):
+        for name in ("hit_rate", "store_gb_per_s", "load_gb_per_s", "partial", "ok"):
             facts[name] = getattr(report, name)
         typer.echo(json.dumps(facts))
     else:
         Console().print(_table(options, report))
-    raise typer.Exit(0 if report.ok else 1)
+    if not report.ok:
+        raise typer.Exit(1)
+    raise typer.Exit(128 + signal.SIGINT if report.partial else 0)
+
+
+def _bad_input(message: str) -> typer.Exit:
+    typer.echo(f"triton-offload replay: {message}", err=True)
+    return typer.Exit(2)
 
 
 def _num_chunks(chunks: int | None, host_bytes: str | None, model: str, chunk_tokens: int) -> int:
     if host_bytes is None:
         return _DEFAULTS.num_chunks if chunks is None else chunks
     if chunks is not None:
-        raise ValueError("host_bytes: expected no chunks beside it, got both")
+        raise ValueError("host_bytes: expected no --chunks beside it, got both")
     return chunks_in(parse_bytes("host_bytes", host_bytes), model, chunk_tokens)
 
 
-def _with_progress(requests: list[list[int]], options: ReplayOptions) -> ReplayReport:
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: the first time is only noted, the second interrupts at once."""
+    seen = threading.Event()
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen.is_set  # ignored in the background, or somebody else's
+        return
+
+    def note(number: int, frame: object) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _with_progress(
+    requests: list[list[int]], options: ReplayOptions, interrupted: Callable[[], bool]
+) -> ReplayReport:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -141,17 +188,21 @@ def _with_progress(requests: list[list[int]], options: ReplayOptions) -> ReplayR
         def advance(done: int, hit_rate: float) -> None:
             progress.update(task, completed=done, description=f"replay, hit rate {hit_rate:.3f}")
 
-        return run_replay(requests, options, advance)
+        return run_replay(requests, options, advance, interrupted)
 
 
 def _table(options: ReplayOptions, report: ReplayReport) -> Table:
-    table = Table(
-        title=f"{report.requests} requests, {options.model} at 1/{options.scale} "
+    served = f"{report.requests} requests"
+    if report.partial:
+        served = f"partial, interrupted: {report.requests} of {report.requests_asked} requests"
+    shown = table(
+        "",
+        "",
+        title=f"{served}, {options.model} at 1/{options.scale} "
         f"({report.page_bytes} B pages), {options.num_chunks} chunks, {options.policy}",
+        right=(1,),
         show_header=False,
     )
-    table.add_column(justify="left")
-    table.add_column(justify="right")
     for name, value in [
         ("prefix hit rate", f"{report.hit_rate:.4f}"),
         ("chunks referenced / hit", f"{report.references} / {report.hits}"),
@@ -166,8 +217,8 @@ def _table(options: ReplayOptions, report: ReplayReport) -> Table:
         ("chunks verified / wrong", f"{report.verified_chunks} / {report.wrong_chunks}"),
         ("transfers failed", f"{report.failed_jobs}"),
     ]:
-        table.add_row(name, value, style="red" if _is_bad(name, report) else None)
-    return table
+        shown.add_row(name, value, style="red" if _is_bad(name, report) else None)
+    return shown
 
 
 def _is_bad(name: str, report: ReplayReport) -> bool:

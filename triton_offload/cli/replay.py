@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
@@ -25,7 +26,7 @@ _Words = npt.NDArray[np.int64]
 
 
 class TraceError(ValueError):
-    """A trace that can't be read; the message names the line."""
+    """A trace that can't be read; the message begins with the file and the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,14 @@ def chunks_in(host_bytes: int, model: str, chunk_tokens: int) -> int:
 class ReplayReport:
     """What a replay came to. `wrong_chunks`: loaded chunks with a byte that was not their key's.
 
+    `requests`: how many were served; the replay is `partial` where they are not `requests_asked`.
     Seconds: `store_seconds` and `load_seconds` the sum over transfers from start to end,
     `waited_seconds` the host blocked for them, `seconds` the whole replay, content and
     verification included.
     """
 
     requests: int
+    requests_asked: int
     references: int
     hits: int
     stored_bytes: int
@@ -135,35 +138,56 @@ class ReplayReport:
         return self.loaded_bytes / self.load_seconds / 1e9 if self.load_seconds else 0.0
 
     @property
+    def partial(self) -> bool:
+        """Whether it was interrupted."""
+        return self.requests < self.requests_asked
+
+    @property
     def ok(self) -> bool:
         return self.wrong_chunks == 0 and self.failed_jobs == 0
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[list[int]]:
-    """The `hash_ids` of every request of a trace in Mooncake's format, a JSON object a line."""
+    """The `hash_ids` of every request of a trace in Mooncake's format, a JSON object a line.
+
+    Raises TraceError for a line that has none, or that says of times and lengths what can't be.
+    """
     requests: list[list[int]] = []
     with path.open("rb") as lines:  # bytes, so that wrong UTF-8 has a line number too
         for number, line in enumerate(lines, 1):
             if limit is not None and len(requests) >= limit:
                 break
-            if not line.strip():
-                continue
-            try:
-                ids = json.loads(line)["hash_ids"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise TraceError(
-                    f'{path}, line {number}: expected an object with "hash_ids", '
-                    f"got {line[:60].decode(errors='replace')!r}"
-                ) from error
-            # Beyond 2**31 the content of two keys could be the same.
-            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-                raise TraceError(f"{path}, line {number}: expected hash_ids from 0 to 2**31 - 1")
-            if len(set(ids)) != len(ids):
-                raise TraceError(f"{path}, line {number}: expected distinct hash_ids")
-            requests.append(ids)
+            if line.strip():
+                try:
+                    requests.append(_hash_ids(line))
+                except ValueError as error:
+                    raise TraceError(f"{path}:{number}: {error}") from error
     if not any(requests):
         raise TraceError(f"{path}: expected at least one request with hash_ids")
     return requests
+
+
+def _hash_ids(line: bytes) -> list[int]:
+    """What a line's request reads; raises ValueError where it is no request."""
+    try:
+        request = json.loads(line)
+        ids = request["hash_ids"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        got = repr(line[:60].decode(errors="replace"))
+        raise ValueError(f'expected an object with "hash_ids", got {got}') from error
+    # Beyond 2**31 the content of two keys could be the same.
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"expected hash_ids from 0 to 2**31 - 1, got {str(ids)[:60]}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"expected distinct hash_ids, got {str(ids)[:60]}")
+    for name in ("input_length", "output_length"):
+        value = request.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"expected {name} of at least 0, got {value!r}")
+    time_stamp = request.get("timestamp", 0)
+    if type(time_stamp) not in (int, float) or not 0 <= time_stamp < math.inf:
+        raise ValueError(f"expected timestamp of at least 0, got {time_stamp!r}")
+    return ids
 
 
 @dataclass(slots=True)
@@ -224,14 +248,18 @@ def replay(
     requests: list[list[int]],
     options: ReplayOptions,
     advance: Callable[[int, float], None] = lambda done, hit_rate: None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> ReplayReport:
     """Serve the requests: look up, load the leading hits, compute the rest, store it.
 
-    `advance(requests done, hit rate so far)` is called after every request. Transfers of up to
-    `options.in_flight` requests overlap; a request whose next chunk is just being stored waits for
-    it, so that hit rates hardly depend on timing (two runs differed by 2 in 10,000 hits).
+    `advance(requests done, hit rate so far)` is called after every request. Where `interrupted()`
+    says so before one, what was begun is ended and verified, and the report is partial.
+
+    Transfers of up to `options.in_flight` requests overlap; a request whose next chunk is just
+    being stored waits for it, so that hit rates hardly depend on timing (two runs differed by 2 in
+    10,000 hits).
     """
-    return _Replay(requests, options).run(advance)
+    return _Replay(requests, options).run(advance, interrupted)
 
 
 class _Replay:
@@ -248,9 +276,11 @@ class _Replay:
         self._open: deque[_Request] = deque()
         self._storing: dict[int, OffloadJob] = {}
         self._waits, self._waited = 0, 0.0
-        self._references = self._hits = self._verified = self._wrong = 0
+        self._served = self._references = self._hits = self._verified = self._wrong = 0
 
-    def run(self, advance: Callable[[int, float], None]) -> ReplayReport:
+    def run(
+        self, advance: Callable[[int, float], None], interrupted: Callable[[], bool]
+    ) -> ReplayReport:
         start = time.perf_counter()
         options = self._options
         with KVOffloader(
@@ -261,16 +291,20 @@ class _Replay:
             path=options.path,
         ) as offloader:
             for number, ids in enumerate(self._requests):
+                if interrupted():
+                    break
                 if len(self._open) == options.in_flight:
                     self._close(self._open.popleft())
                 self._serve(offloader, number % options.in_flight, ids)
                 offloader.get_finished()
-                advance(number + 1, self._hits / max(1, self._references))
+                self._served += 1
+                advance(self._served, self._hits / max(1, self._references))
             while self._open:
                 self._close(self._open.popleft())
             stats = offloader.stats()
         return ReplayReport(
-            requests=len(self._requests),
+            requests=self._served,
+            requests_asked=len(self._requests),
             references=self._references,
             hits=self._hits,
             stored_bytes=stats.store.num_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from triton_offload.scheduler.policies import Key
+from triton_offload.scheduler.order import Key
 from triton_offload.specs import CPULoadStoreSpec
 
 
@@ -74,7 +74,10 @@ class OffloadingManager(ABC):
 
     @abstractmethod
     def touch(self, keys: Sequence[Key]) -> None:
-        """Counts one use of each key. Keys that can't be loaded (yet) are ignored."""
+        """Counts one use of each key, and gives them their place in the order of eviction: the
+        last of them leaves first. Keys whose first store is under way get the place without the
+        use. Keys that the pool doesn't hold are ignored.
+        """
 
     @abstractmethod
     def prepare_store(
@@ -83,7 +86,9 @@ class OffloadingManager(ABC):
         """Reserves slots for those of `keys` that need a store; None, if there's no room.
 
         What is to be stored is not evicted until `complete_store`, nor loadable when it is new.
-        No key of this call is evicted for it. Raises ValueError on duplicate keys or bad masks.
+        No key of this call is evicted for it. All of them get their place in the order of eviction
+        now, as one prefix; only `touch` counts a use of those that are known. Raises ValueError on
+        duplicate keys or bad masks.
         """
 
     @abstractmethod

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
+
+from triton_offload.kernels.arguments import as_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +18,16 @@ class ChunkSpan:
     blocks_per_chunk: int
 
     @classmethod
-    def of(cls, first_block: int, num_blocks: int, blocks_per_chunk: int) -> ChunkSpan:
+    def of(
+        cls,
+        first_block: SupportsIndex,
+        num_blocks: SupportsIndex,
+        blocks_per_chunk: SupportsIndex,
+    ) -> ChunkSpan:
         """The span of blocks that begins at block `first_block` of a request."""
-        if first_block < 0 or num_blocks < 0:
-            raise ValueError(
-                f"first_block, num_blocks: expected at least 0, got {first_block}, {num_blocks}"
-            )
-        return cls(first_block % blocks_per_chunk, num_blocks, blocks_per_chunk)
+        size = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
+        first = as_integer("first_block", first_block) % size
+        return cls(first, as_integer("num_blocks", num_blocks), size)
 
     @property
     def num_chunks(self) -> int:
@@ -74,6 +80,12 @@ def runs_to_store(span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]) 
             stored.append(i)
             open_end = end == size
     return runs
+
+
+def positions(mask: int) -> str:
+    """The blocks of a mask as people write them: "0-2, 5"."""
+    runs = [(begin, end - 1) for begin, end in _bit_runs(mask)]
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
 
 
 def _bit_runs(mask: int) -> list[tuple[int, int]]:

@@ -6,12 +6,15 @@ protects the slots it uses), carried out elsewhere, and completed here (which re
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
+from typing import SupportsIndex
 
 import numpy as np
 
+from triton_offload.kernels.arguments import as_integer
 from triton_offload.scheduler.base import (
     ChunkState,
     OffloadingEvent,
@@ -21,8 +24,11 @@ from triton_offload.scheduler.base import (
     UnknownKeyError,
     UnwrittenBlocksError,
 )
+from triton_offload.scheduler.chunks import positions
+from triton_offload.scheduler.free_slots import FreeSlots
+from triton_offload.scheduler.order import Key
 from triton_offload.scheduler.orphans import Orphans
-from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, FreeSlots, Key, LRUPolicy
+from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, LRUPolicy
 from triton_offload.specs import CPULoadStoreSpec, Direction
 
 __all__ = [
@@ -41,7 +47,12 @@ class CPUOffloadingManager(OffloadingManager):
     """A pool of `num_chunks` slots in host memory with LRU or ARC eviction.
 
     Lookup, touch, prepare, complete and eviction are O(1) a key (freed slots are sorted within
-    one call). Events are kept until they are taken, and only with `enable_events`.
+    one call), reset is O(1) a chunk that it drops. Events are kept until they are taken, and only
+    with `enable_events`.
+
+    Of the chunks that one call of `prepare_store` or `touch` named, the last is evicted first,
+    whatever jobs stored them and in whatever order these end; with ARC, of those in each of its
+    lists. Transfers move no chunk in the order of eviction.
 
     A chunk can be stored in parts. A later store that offers blocks which are not written yet
     extends it in its slot: what was there stays loadable, and a failure loses the new blocks only.
@@ -50,20 +61,19 @@ class CPUOffloadingManager(OffloadingManager):
     are completed. A completion only names its key: where that has been stored anew since, the
     first completions (but `latest` ones) count for the old chunk, for loads and stores each.
 
-    Raises ValueError if `num_chunks` or `blocks_per_chunk` isn't positive, or on an unknown policy.
+    Raises ValueError where `num_chunks` or `blocks_per_chunk` isn't an integer of at least 1, or
+    on an unknown policy.
     """
 
     def __init__(
         self,
-        num_chunks: int,
+        num_chunks: SupportsIndex,
         policy: str = "lru",
-        blocks_per_chunk: int = 1,
+        blocks_per_chunk: SupportsIndex = 1,
         enable_events: bool = False,
     ) -> None:
-        if num_chunks < 1:
-            raise ValueError(f"num_chunks: expected at least 1, got {num_chunks}")
-        if blocks_per_chunk < 1:
-            raise ValueError(f"blocks_per_chunk: expected at least 1, got {blocks_per_chunk}")
+        num_chunks = as_integer("num_chunks", num_chunks, 1)
+        blocks_per_chunk = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
         if policy not in ("lru", "arc"):
             raise ValueError(f"policy: expected 'lru' or 'arc', got {policy!r}")
         self._num_chunks = num_chunks
@@ -125,8 +135,11 @@ class CPUOffloadingManager(OffloadingManager):
         return self._partial.get(key, 0 if key in self._storing else self._every_block)
 
     def touch(self, keys: Sequence[Key]) -> None:
-        slot_of = self._slot_of
-        self._policy.touch([key for key in keys if key in slot_of])
+        slot_of, storing = self._slot_of, self._storing
+        pending: Collection[Key] = ()
+        if storing:
+            pending = {key for key in keys if key in storing and key not in self._partial}
+        self._policy.touch([key for key in keys if key in slot_of], pending)
 
     def prepare_store(
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None
@@ -156,7 +169,8 @@ class CPUOffloadingManager(OffloadingManager):
             return None
         evicted: Sequence[Key] = ()
         if num_to_evict:
-            evicted = self._policy.evict(num_to_evict, known)
+            busy = (storing.keys(), loading.keys()) if storing or loading else ()
+            evicted = self._policy.evict(num_to_evict, known, busy)
             self._slots.put(map(slot_of.pop, evicted))
             for key in evicted if self._partial else ():
                 self._partial.pop(key, None)
@@ -164,19 +178,23 @@ class CPUOffloadingManager(OffloadingManager):
 
         slots = self._slots.take(num_new)
         fresh = self._all_fresh[:num_new]
+        keys_to_store = tuple(to_write)
         if extended:
-            slot_of.update(zip((key for key in to_write if key not in known), slots, strict=True))
+            new = [key for key in to_write if key not in known]
+            slot_of.update(zip(new, slots, strict=True))
+            self._policy.admit(new)
             slots = [slot_of[key] for key in to_write]
             fresh = np.array([key not in known for key in to_write])
-            idle = [key for key in extended if key not in loading]
-            self._policy.hold(idle)
-            self._num_busy += len(idle)
+            self._num_busy += sum(key not in loading for key in extended)
         else:
             slot_of.update(zip(to_write, slots, strict=True))
+            self._policy.admit(keys_to_store)
+        if known:
+            self._policy.refresh(keys)
         self._num_busy += num_new
         storing.update(to_write)
         return PrepareStoreOutput(
-            keys_to_store=tuple(to_write),
+            keys_to_store=keys_to_store,
             store_spec=CPULoadStoreSpec(np.array(slots, dtype=np.int64), fresh),
             evicted_keys=tuple(evicted),
             blocks=tuple(to_write.values()),
@@ -211,9 +229,10 @@ class CPUOffloadingManager(OffloadingManager):
         if idle:
             self._policy.release(idle)
         if success:
-            self._policy.admit(stored)
+            self._policy.land(stored)
             self._record(stored, removed=False)
         else:
+            self._policy.remove(stored)
             self._slots.put(map(self._slot_of.pop, stored))
 
     def prepare_load(
@@ -222,14 +241,13 @@ class CPUOffloadingManager(OffloadingManager):
         masks, loading = self._masks(keys, blocks), self._loading
         if (length := self._lookup(keys, masks)) < len(keys):
             raise self._refusal(keys[length], masks[length])
-        idle: list[Key] = []
+        storing, num_idle = self._storing, 0
         for key in keys:
             num_loads = loading.get(key, 0)
-            if not num_loads and key not in self._storing:
-                idle.append(key)
+            if not num_loads and key not in storing:
+                num_idle += 1
             loading[key] = num_loads + 1
-        self._policy.hold(idle)
-        self._num_busy += len(idle)
+        self._num_busy += num_idle
         return CPULoadStoreSpec(np.array([self._slot_of[key] for key in keys], dtype=np.int64))
 
     def complete_load(self, keys: Sequence[Key], *, latest: bool = False) -> None:
@@ -258,14 +276,19 @@ class CPUOffloadingManager(OffloadingManager):
 
     def reset(self) -> None:
         dropped = [key for key in self._slot_of if self._loadable(key)]
-        for key in self._storing.keys() | self._loading.keys():
+        busy = self._storing.keys() | self._loading.keys()
+        for key in busy:
             num_stores, num_loads = int(key in self._storing), self._loading.get(key, 0)
             self._orphans.add(key, self._slot_of[key], num_stores, num_loads)
+        if self._orphans:
+            idle = (slot for key, slot in self._slot_of.items() if key not in busy)
+            self._slots.put(sorted(idle, reverse=True))
+        else:
+            self._slots.reset()
         for known in (self._slot_of, self._partial, self._storing, self._loading):
             known.clear()
         self._num_busy = 0
         self._policy.clear()
-        self._slots.reset(self._orphans.slots)
         self._record(dropped, removed=True)
 
     def _masks(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> Sequence[int]:
@@ -274,10 +297,14 @@ class CPUOffloadingManager(OffloadingManager):
             return [self._every_block] * len(keys)
         if len(blocks) != len(keys):
             raise ValueError(f"blocks: expected {len(keys)} masks, got {len(blocks)}")
-        for mask in blocks:
-            if not 0 < mask <= self._every_block:
-                raise ValueError(f"blocks: expected masks of 1 to {self._every_block}, got {mask}")
-        return blocks
+        try:
+            masks = list(map(operator.index, blocks))  # numpy's integers overflow
+        except TypeError:
+            raise ValueError(f"blocks: expected integers as masks, got {list(blocks)!r}") from None
+        if masks and (min(masks) < 1 or max(masks) > self._every_block):
+            wrong = next(mask for mask in masks if not 0 < mask <= self._every_block)
+            raise ValueError(f"blocks: expected masks of 1 to {self._every_block}, got {wrong}")
+        return masks
 
     def _record(self, keys: Sequence[Key], removed: bool) -> None:
         if keys and self._events is not None:
@@ -288,8 +315,8 @@ class CPUOffloadingManager(OffloadingManager):
             return UnknownKeyError(f"keys: expected keys in the pool, got {key!r}")
         if not (loadable := self._loadable(key)):
             return PendingKeyError(f"keys: expected keys with a completed store, got {key!r}")
-        expected = f"written blocks of {key!r}, within {loadable:#b}"
-        return UnwrittenBlocksError(f"blocks: expected {expected}, got {wanted:#b}")
+        expected = f"written blocks of chunk {key!r} ({positions(loadable)})"
+        return UnwrittenBlocksError(f"blocks: expected {expected}, got {positions(wanted)}")
 
     def _check(self) -> None:
         """Asserts every invariant, in O(num_chunks). For tests."""
@@ -307,8 +334,7 @@ class CPUOffloadingManager(OffloadingManager):
             assert self._loadable(key)
         self._orphans._check()
         self._slots._check(used=[*self._slot_of.values(), *self._orphans.slots])
-        ready = {key for key in keys if self._loadable(key)}
-        self._policy._check(free=ready - busy, held=ready & busy)
+        self._policy._check(keys, busy)
 
     def _pins(self) -> tuple[Counter[Key], Counter[Key]]:
         """How many loads and stores hold each key, chunks that a reset dropped included."""
@@ -317,5 +343,5 @@ class CPUOffloadingManager(OffloadingManager):
 
 
 def _named_twice(keys: Sequence[Key]) -> ValueError:
-    twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+    twice = next(key for key, count in Counter(keys).items() if count > 1)
     return ValueError(f"keys: expected distinct keys, got {twice!r} twice")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
-from triton_offload.scheduler.policies import Key
+from triton_offload.scheduler.order import Key
 from triton_offload.specs import Direction
 
 
@@ -13,65 +13,66 @@ class Orphans:
     """Slots whose keys a reset dropped while transfers used them, until these have ended.
 
     A completion names its key only. It means the oldest orphan of that key which still has a
-    transfer in that direction and, where there is none, no orphan.
+    transfer in that direction and, where there is none, no orphan. Every method but `_check` is
+    O(1) a transfer, however many orphans a key has.
     """
 
     def __init__(self) -> None:
-        self._of: dict[Key, list[tuple[int, Counter[Direction]]]] = {}  # oldest first
-        self._slots: set[int] = set()
+        # By direction and key: the slot of each transfer under way, the oldest orphan's first.
+        self._slots_of: dict[Direction, dict[Key, deque[int]]] = {each: {} for each in Direction}
+        self._num_left: dict[int, int] = {}  # by slot: its transfers under way
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._num_left)
 
     @property
     def slots(self) -> frozenset[int]:
         """The slots that can't be given out yet."""
-        return frozenset(self._slots)
+        return frozenset(self._num_left)
 
     def add(self, key: Key, slot: int, num_stores: int, num_loads: int) -> None:
         """Takes over a slot; its newer ones follow in the order of their resets."""
-        left = Counter({Direction.STORE: num_stores, Direction.LOAD: num_loads})
-        self._of.setdefault(key, []).append((slot, left))
-        self._slots.add(slot)
+        for direction, count in ((Direction.STORE, num_stores), (Direction.LOAD, num_loads)):
+            if count:
+                self._slots_of[direction].setdefault(key, deque()).extend([slot] * count)
+        self._num_left[slot] = num_stores + num_loads
 
     def without(self, keys: Sequence[Key], direction: Direction) -> list[Key]:
         """Those of `keys` whose completion means no orphan."""
+        slots_of = self._slots_of[direction]
         seen: Counter[Key] = Counter()
         rest = []
         for key in keys:
             seen[key] += 1
-            if seen[key] > sum(left[direction] for _, left in self._of.get(key, ())):
+            if seen[key] > len(slots_of.get(key, ())):
                 rest.append(key)
         return rest
 
     def complete(self, keys: Sequence[Key], direction: Direction) -> list[int]:
         """Ends a transfer for each key that means an orphan; returns the slots that are free."""
+        slots_of = self._slots_of[direction]
         freed = []
         for key in keys:
-            for orphan in (orphans := self._of.get(key, [])):
-                slot, left = orphan
-                if left[direction]:
-                    left[direction] -= 1
-                    if not left.total():
-                        orphans.remove(orphan)
-                        freed.append(slot)
-                    break
-            if not orphans:
-                self._of.pop(key, None)
-        self._slots.difference_update(freed)
+            if (slots := slots_of.get(key)) is None:
+                continue
+            slot = slots.popleft()
+            if not slots:
+                del slots_of[key]
+            self._num_left[slot] -= 1
+            if not self._num_left[slot]:
+                del self._num_left[slot]
+                freed.append(slot)
         return freed
 
     def _pins(self, direction: Direction) -> Counter[Key]:
         """How many transfers in that direction hold each key."""
-        pins: Counter[Key] = Counter()
-        for key, orphans in self._of.items():
-            pins[key] += sum(left[direction] for _, left in orphans)
-        return pins
+        return Counter({key: len(slots) for key, slots in self._slots_of[direction].items()})
 
     def _check(self) -> None:
-        """Asserts that each slot is here once, and because of a transfer."""
-        listed = [slot for orphans in self._of.values() for slot, _ in orphans]
-        assert sorted(listed) == sorted(self._slots)
-        assert all(self._of.values())
-        for orphans in self._of.values():
-            assert all(left.total() and min(left.values()) >= 0 for _, left in orphans)
+        """Asserts that each slot is here because of a transfer, and each transfer once."""
+        under_way: Counter[int] = Counter()
+        for slots_of in self._slots_of.values():
+            assert all(slots_of.values())
+            for slots in slots_of.values():
+                under_way.update(slots)
+        assert under_way == self._num_left

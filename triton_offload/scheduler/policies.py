@@ -1,59 +1,70 @@
-"""Which chunk leaves the host pool when another needs its place (LRU and ARC), and which slot.
+"""Which chunk leaves the host pool when another needs its place (LRU and ARC).
 
-An eviction policy knows keys only, and only those whose bytes are there: a chunk is admitted when
-its store has landed, so a store that failed never leaves a trace here. What is being read or
-written is held, which takes it out of the eviction order: an eviction takes the head of an order
-and never searches, however many chunks are in use.
+A chunk's place in the eviction order is that of its last use, and a transfer never moves it: a
+chunk that is to be stored has its place before its bytes land, together with the prefix it belongs
+to, and a load gives nothing but its `touch`. So it does not matter which transfer ends first, nor
+how late.
 
 Keys come in the order of their prefix. A chunk is of no use once a chunk before it is gone, so
 every method that makes several keys the most recent does it from the last to the first: the
-leading one ends up as the most recent of them and outlives the rest.
+leading one ends up as the most recent of them and outlives the rest. Of chunks that one call made
+the most recent, whether they were there before or not, the last leaves first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import repeat
 from math import ceil
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-Key: TypeAlias = bytes  # what is in use; nothing here needs more than a hashable
-_Order: TypeAlias = OrderedDict[Key, None]  # least recent first; a plain dict's head is not O(1)
+from triton_offload.scheduler.order import Key, Order, pop_oldest
+
+__all__ = ["ARCPolicy", "EvictionPolicy", "Key", "LRUPolicy"]
 
 
 class EvictionPolicy(Protocol):
-    """An eviction order over the keys of one pool. Each method is O(1) a key.
+    """An eviction order over the keys of one pool. Each method is O(1) a key, but for chunks that
+    were in use when their turn came: these cost O(log of their number), once.
 
-    The caller keeps the preconditions (`admit` of unknown keys, `hold` of known keys that are not
-    held, `release` of held ones); breaking them is a KeyError or leaves the order undefined.
+    The caller keeps the preconditions (`admit` of unknown keys, `land` or `remove` of admitted
+    ones, and no eviction of them before; known keys elsewhere); breaking them is a KeyError or
+    leaves the order undefined.
     """
 
     def admit(self, keys: Sequence[Key]) -> None:
-        """Takes in keys whose first store has landed; they can be evicted from now on."""
+        """Takes in keys that are about to be stored, as the most recent ones."""
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        """Counts a use of each key. Keys that aren't known are ignored, held ones are not."""
+    def land(self, keys: Sequence[Key]) -> None:
+        """Tells that what was admitted has been stored, and is busy no more. It keeps its place."""
 
-    def hold(self, keys: Sequence[Key]) -> None:
-        """Takes keys out of the eviction order."""
+    def remove(self, keys: Sequence[Key]) -> None:
+        """Takes back what was admitted: its store has failed. Nothing is learnt from it."""
+
+    def refresh(self, keys: Sequence[Key]) -> None:
+        """Makes keys the most recent ones without counting a use of them."""
+
+    def touch(self, keys: Sequence[Key], pending: Collection[Key] = ()) -> None:
+        """Counts a use of each key, but only refreshes the `pending` ones, which haven't landed."""
+
+    def evict(
+        self, count: int, protected: AbstractSet[Key], busy: Sequence[AbstractSet[Key]] = ()
+    ) -> list[Key]:
+        """Removes and returns `count` keys that are neither in `protected` nor in one of `busy`.
+
+        The caller has made sure that there are as many. The others keep their places; `busy` ones
+        are not looked at again until `release` names them.
+        """
 
     def release(self, keys: Sequence[Key]) -> None:
-        """Puts held keys back as the most recent ones; that alone is not a use."""
-
-    def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
-        """Removes and returns `count` keys that are neither held nor in `protected`.
-
-        The caller has made sure that there are as many. `protected` keys keep their places; each
-        costs at most one step.
-        """
+        """Tells that keys are busy no more. They keep their places."""
 
     def clear(self) -> None:
         """Forgets every key and all that was learnt."""
 
-    def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
-        """Asserts that exactly these keys are in the eviction order and held, and more."""
+    def _check(self, keys: Collection[Key], busy: AbstractSet[Key]) -> None:
+        """Asserts that exactly these keys are known, and more."""
 
 
 class LRUPolicy:
@@ -61,43 +72,44 @@ class LRUPolicy:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._order: _Order = OrderedDict()
-        self._held: set[Key] = set()
+        self._order = Order()
 
     def admit(self, keys: Sequence[Key]) -> None:
-        order = self._order
+        order = self._order.keys
         for key in reversed(keys):
             order[key] = None
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        # A held key needs nothing: it becomes the most recent one when it is released.
-        order = self._order
-        for key in reversed(keys):
-            if key in order:
-                order.move_to_end(key)
+    def land(self, keys: Sequence[Key]) -> None:
+        self.release(keys)
 
-    def hold(self, keys: Sequence[Key]) -> None:
-        order = self._order
+    def remove(self, keys: Sequence[Key]) -> None:
+        self._order.recall(keys)
         for key in keys:
-            del order[key]
-        self._held.update(keys)
+            del self._order.keys[key]
+
+    def refresh(self, keys: Sequence[Key]) -> None:
+        self._order.recall(keys)
+        for key in reversed(keys):
+            self._order.keys.move_to_end(key)
+
+    def touch(self, keys: Sequence[Key], pending: Collection[Key] = ()) -> None:
+        self.refresh(keys)
+
+    def evict(
+        self, count: int, protected: AbstractSet[Key], busy: Sequence[AbstractSet[Key]] = ()
+    ) -> list[Key]:
+        return self._order.take(count, protected, busy)
 
     def release(self, keys: Sequence[Key]) -> None:
-        self._held.difference_update(keys)
-        self.admit(keys)
-
-    def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
-        return _pop_oldest(self._order, count, protected)
+        self._order.release(keys)
 
     def clear(self) -> None:
         self._order.clear()
-        self._held.clear()
 
-    def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
-        assert len(free) == len(self._order)
-        assert all(key in self._order for key in free)
-        assert self._held == set(held)
-        assert len(self._order) + len(self._held) <= self._capacity
+    def _check(self, keys: Collection[Key], busy: AbstractSet[Key]) -> None:
+        self._order._check(busy)
+        assert sorted(self._order) == sorted(keys)
+        assert len(self._order) <= self._capacity
 
 
 class ARCPolicy:
@@ -107,75 +119,92 @@ class ARCPolicy:
     list (B1, B2) of keys that were evicted from it. A store of a ghost tells which of the two was
     cut too short, and moves the target size of `recent` that way.
 
+    The order within a prefix holds in each of the two lists. Which list gives is ARC's choice by
+    size: a head that was used again can leave before a tail that was not.
+
     Two things differ from the paper, which knows no transfers. What a ghost teaches counts when
     its store lands, after the eviction that made room for it (and so without the paper's tie rule
-    for that eviction). Held keys count for the sizes of their lists, but can't be evicted: where
-    one list has nothing left to give, the other one gives.
+    for that eviction); until then it counts for no size. Busy keys count for the sizes of their
+    lists, but can't be evicted: where one list has nothing left to give, the other one gives.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._recent: _Order = OrderedDict()
-        self._frequent: _Order = OrderedDict()
-        self._ghost_recent: _Order = OrderedDict()
-        self._ghost_frequent: _Order = OrderedDict()
-        self._held: dict[Key, bool] = {}  # True: belongs to frequent
-        self._num_held_recent = 0
+        self._recent = Order()
+        self._frequent = Order()
+        self._ghost_recent: OrderedDict[Key, None] = OrderedDict()
+        self._ghost_frequent: OrderedDict[Key, None] = OrderedDict()
+        self._num_landing = 0  # in recent; what lands in frequent:
+        self._landing_ghosts: set[Key] = set()
         self._target = 0.0  # of the size of recent, 0 to capacity
 
     def admit(self, keys: Sequence[Key]) -> None:
-        recent, frequent = self._recent, self._frequent
+        recent, frequent = self._recent.keys, self._frequent.keys
         ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
+        num_recent = len(recent)
         for key in reversed(keys):
+            if key in ghost_recent or key in ghost_frequent:
+                frequent[key] = None
+                self._landing_ghosts.add(key)
+            else:
+                recent[key] = None
+        self._num_landing += len(recent) - num_recent
+
+    def land(self, keys: Sequence[Key]) -> None:
+        self.release(keys)
+        ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
+        self._num_landing -= len(keys)
+        for key in reversed(keys) if self._landing_ghosts else ():
+            if key not in self._landing_ghosts:
+                continue
+            self._landing_ghosts.remove(key)
+            self._num_landing += 1
             if key in ghost_recent:
                 step = max(1.0, len(ghost_frequent) / len(ghost_recent))
                 self._target = min(float(self._capacity), self._target + step)
                 del ghost_recent[key]
-                frequent[key] = None
             elif key in ghost_frequent:
                 step = max(1.0, len(ghost_recent) / len(ghost_frequent))
                 self._target = max(0.0, self._target - step)
                 del ghost_frequent[key]
-                frequent[key] = None
-            else:
-                recent[key] = None
         self._trim_ghosts()
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        recent, frequent, held = self._recent, self._frequent, self._held
+    def remove(self, keys: Sequence[Key]) -> None:
+        self._recent.recall(keys)
+        self._frequent.recall(keys)
+        for key in keys:
+            if key in self._landing_ghosts:
+                self._landing_ghosts.remove(key)
+                del self._frequent.keys[key]
+            else:
+                self._num_landing -= 1
+                del self._recent.keys[key]
+
+    def refresh(self, keys: Sequence[Key]) -> None:
+        self._recent.recall(keys)
+        self._frequent.recall(keys)
+        recent, frequent = self._recent.keys, self._frequent.keys
+        for key in reversed(keys):
+            (frequent if key in frequent else recent).move_to_end(key)
+
+    def touch(self, keys: Sequence[Key], pending: Collection[Key] = ()) -> None:
+        self._recent.recall(keys)
+        self._frequent.recall(keys)
+        recent, frequent = self._recent.keys, self._frequent.keys
         for key in reversed(keys):
             if key in frequent:
                 frequent.move_to_end(key)
-            elif key in recent:
-                del recent[key]
-                frequent[key] = None
-            elif held.get(key) is False:
-                held[key] = True
-                self._num_held_recent -= 1
-
-    def hold(self, keys: Sequence[Key]) -> None:
-        recent, frequent, held = self._recent, self._frequent, self._held
-        for key in keys:
-            if key in frequent:
-                del frequent[key]
-                held[key] = True
+            elif key in pending:
+                recent.move_to_end(key)
             else:
                 del recent[key]
-                held[key] = False
-                self._num_held_recent += 1
-
-    def release(self, keys: Sequence[Key]) -> None:
-        recent, frequent, held = self._recent, self._frequent, self._held
-        for key in reversed(keys):
-            if held.pop(key):
                 frequent[key] = None
-            else:
-                recent[key] = None
-                self._num_held_recent -= 1
 
-    def evict(self, count: int, protected: AbstractSet[Key]) -> list[Key]:
+    def evict(
+        self, count: int, protected: AbstractSet[Key], busy: Sequence[AbstractSet[Key]] = ()
+    ) -> list[Key]:
         recent, frequent = self._recent, self._frequent
-        above_target = ceil(len(recent) + self._num_held_recent - self._target)
+        above_target = ceil(len(recent) - self._num_landing - self._target)
         evicted: list[Key] = []
         # Recent down to its target, then frequent, and recent again where that can't give enough.
         # What becomes a ghost changes none of the sums that bound the ghost lists.
@@ -185,98 +214,43 @@ class ARCPolicy:
             (recent, self._ghost_recent, count),
         ):
             if len(evicted) < limit:
-                taken = _pop_oldest(order, limit - len(evicted), protected)
+                taken = order.take(limit - len(evicted), protected, busy)
                 for key in taken:
                     ghosts[key] = None
                 evicted += taken
         return evicted
 
+    def release(self, keys: Sequence[Key]) -> None:
+        self._recent.release(keys)
+        self._frequent.release(keys)
+
     def clear(self) -> None:
         for keys in (self._recent, self._frequent, self._ghost_recent, self._ghost_frequent):
             keys.clear()
-        self._held.clear()
-        self._num_held_recent = 0
+        self._num_landing = 0
+        self._landing_ghosts.clear()
         self._target = 0.0
 
     def _trim_ghosts(self) -> None:
         """Keeps the paper's bounds: T1 + B1 within the capacity, all four within twice of it."""
         ghost_recent, ghost_frequent = self._ghost_recent, self._ghost_frequent
-        num_recent = len(self._recent) + self._num_held_recent
-        for _ in range(num_recent + len(ghost_recent) - self._capacity):
-            ghost_recent.popitem(last=False)
-        num_known = len(self._recent) + len(self._frequent) + len(self._held) + len(ghost_recent)
-        for _ in range(num_known + len(ghost_frequent) - 2 * self._capacity):
-            ghost_frequent.popitem(last=False)
+        num_recent = len(self._recent) - self._num_landing
+        pop_oldest(ghost_recent, num_recent + len(ghost_recent) - self._capacity)
+        num_frequent = len(self._frequent) - len(self._landing_ghosts)
+        num_known = num_recent + num_frequent + len(ghost_recent)
+        pop_oldest(ghost_frequent, num_known + len(ghost_frequent) - 2 * self._capacity)
 
-    def _check(self, free: Collection[Key], held: Collection[Key]) -> None:
+    def _check(self, keys: Collection[Key], busy: AbstractSet[Key]) -> None:
+        recent, frequent = set(self._recent), set(self._frequent)
+        assert not recent & frequent, "a key is in two lists"
+        assert sorted([*self._recent, *self._frequent]) == sorted(keys)
+        self._recent._check(busy)
+        self._frequent._check(busy)
+        assert 0 <= self._num_landing <= len(recent & busy)
+        assert self._landing_ghosts <= frequent & busy
+        listed = recent | (frequent - self._landing_ghosts)
         ghosts = [*self._ghost_recent, *self._ghost_frequent]
-        listed = [*self._recent, *self._frequent, *self._held, *ghosts]
-        assert len(listed) == len(set(listed)), "a key is in two lists"
-        assert len(free) == len(self._recent) + len(self._frequent)
-        assert all(key in self._recent or key in self._frequent for key in free)
-        assert self._held.keys() == set(held)
-        assert self._num_held_recent == sum(not often for often in self._held.values())
+        assert len(ghosts) == len(set(ghosts) - listed), "a ghost is in two lists, or is none"
         assert 0.0 <= self._target <= self._capacity
-        num_recent = len(self._recent) + self._num_held_recent
-        assert num_recent + len(self._ghost_recent) <= self._capacity
-        assert len(listed) <= 2 * self._capacity
-
-
-class FreeSlots:
-    """The free slots of a pool. They leave in ascending order, so that adjacent ones go together.
-
-    What one call freed is what the next call takes, and chunks that were stored together are
-    evicted together: sorted, their slots are adjacent again.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._unused = 0  # this one and all above have not been handed out since the last reset
-        self._returned: list[int] = []
-
-    def __len__(self) -> int:
-        return self._count - self._unused + len(self._returned)
-
-    def put(self, slots: Iterable[int]) -> None:
-        """Takes slots back."""
-        self._returned.extend(slots)
-
-    def take(self, count: int) -> list[int]:
-        """`count` slots; the caller has made sure that there are as many."""
-        start = self._unused
-        self._unused = min(start + count, self._count)
-        slots = list(range(start, self._unused))
-        rest = count - len(slots)
-        if rest:
-            slots += self._returned[-rest:]
-            del self._returned[-rest:]
-            slots.sort()
-        return slots
-
-    def reset(self, kept: AbstractSet[int]) -> None:
-        """Frees all but the `kept` slots."""
-        self._unused = self._count if kept else 0
-        self._returned = [slot for slot in reversed(range(self._unused)) if slot not in kept]
-
-    def _check(self, used: Collection[int]) -> None:
-        """Asserts that each slot is either free or one of `used`, once."""
-        free = [*self._returned, *range(self._unused, self._count)]
-        assert len(free) == len(self)
-        assert sorted([*free, *used]) == list(range(self._count)), "a slot is lost or doubled"
-
-
-def _pop_oldest(order: _Order, count: int, protected: AbstractSet[Key]) -> list[Key]:
-    """Takes `count` keys from the head of `order`, or all; `protected` ones keep their places."""
-    count = min(count, len(order))
-    popped = [key for key, _ in map(order.popitem, repeat(False, count))]
-    if protected.isdisjoint(popped):
-        return popped
-    spared = [key for key in popped if key in protected]
-    popped = [key for key in popped if key not in protected]
-    while order and len(popped) < count:
-        key, _ = order.popitem(last=False)
-        (spared if key in protected else popped).append(key)
-    for key in reversed(spared):
-        order[key] = None
-        order.move_to_end(key, last=False)
-    return popped
+        assert len(recent) - self._num_landing + len(self._ghost_recent) <= self._capacity
+        assert len(listed) - self._num_landing + len(ghosts) <= 2 * self._capacity

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from triton_offload.calibration import Path, PathTable
+from triton_offload.closing import Closing
 from triton_offload.device.base import Device, DeviceLostError, Event, Stream
 from triton_offload.specs import Direction, TransferResult, TransferStatus
-from triton_offload.transfer.closing import CloseSteps
 from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment
@@ -134,7 +134,9 @@ class Lane:
         self._broken: set[Path] = set()
         self._last_path: Path | None = None
         self._drained = False  # lost, but all that was queued has ended well or not
-        self._closing = CloseSteps(paths.close, self._indices.close)
+        self._closing = Closing()
+        self._closing.callback(self._indices.close)
+        self._closing.callback(paths.close)
 
     @property
     def has_backlog(self) -> bool:
@@ -189,7 +191,7 @@ class Lane:
     def close(self) -> None:
         """Free the streams and the buffers; everything queued has ended. Idempotent; what could not
         be freed is tried again by the next call."""
-        self._closing.run()
+        self._closing.close()
 
     def _queue_job(self, job: Job) -> bool:
         """Queue the job's segments; False where the rest must wait for room."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
 from triton_offload.calibration import Path
+from triton_offload.closing import Closing
 from triton_offload.device.base import Device, Event, Stream
 from triton_offload.kernels.table import PageTable
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Direction
-from triton_offload.transfer.closing import CloseSteps
 from triton_offload.transfer.contents import SlotMarks
 from triton_offload.transfer.layout import CacheLayout, GroupRun
 from triton_offload.transfer.ranges import (
@@ -115,9 +114,9 @@ class PathQueue:
             # Slots are cleared with these zeros: no job would tell that there are none.
             device.synchronize(self._record(self.kernels), None)
             undo.pop_all()
-        self._streams = CloseSteps(
-            partial(device.close_stream, self.copies), partial(device.close_stream, self.kernels)
-        )
+        self._streams = Closing()
+        self._streams.callback(device.close_stream, self.kernels)
+        self._streams.callback(device.close_stream, self.copies)
         # Functions, not methods: those would keep this object, and its memory, in a circle.
         cls = type(self)
         self._queue: dict[Path, Callable[[PathQueue, Segment, Gate, Gate], Queued]]
@@ -168,7 +167,7 @@ class PathQueue:
     def close_streams(self) -> None:
         """Drain and free both. Idempotent; one that could not be closed is tried again by the next
         call."""
-        self._streams.run()
+        self._streams.close()
 
     def close(self) -> None:
         """`close_streams`, free the buffers and let go of the pool; everything queued has ended.

@@ -39,6 +39,9 @@ from triton_offload.transfer.paths import PathQueue
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
 
+# How the note begins that says where a failed job's error was raised.
+_WHERE = "Raised in a transfer, at\n"
+
 _LANES = {
     "store": Direction.STORE,
     "load": Direction.LOAD,
@@ -233,18 +236,21 @@ class Pipeline:
         freed; then it is raised, and a later call tries again what is left.
         """
         deadline = None if timeout is None else self._device.monotonic() + timeout
-        if not self._shutting_down.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        longest = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
+        if not self._shutting_down.acquire(timeout=longest):
             raise TimeoutError(f"another call of shutdown had not returned within {timeout} s")
-        with ExitStack() as rest:
-            rest.callback(self._shutting_down.release)
+        try:
             with self._lock:
                 self._layout = None
                 for job in self._unfinished():
                     self.cancel(job)
                 names = list(self._lanes)
-            for name in names:
-                rest.callback(self._close_lane, name, deadline, timeout)
-            rest.callback(self._feeder.stop)
+            with ExitStack() as rest:
+                for name in reversed(names):
+                    rest.callback(self._close_lane, name, deadline, timeout)
+                rest.callback(self._feeder.stop)
+        finally:
+            self._shutting_down.release()
 
     # -- a lane's end --
 
@@ -276,7 +282,7 @@ class Pipeline:
                 del jobs[job.sequence]
                 self._finished[job.direction].append(job)
                 if job.error is not None:
-                    _forget_locals(job.error)
+                    _forget_frames(job.error)
             lane.finished.clear()
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
@@ -345,13 +351,17 @@ class Pipeline:
             return _FEEDER_SECONDS
 
 
-def _forget_locals(error: BaseException) -> None:
-    """Whoever keeps a failed job's result keeps where it failed, but not the buffers there."""
-    seen: set[int] = set()
-    chain: list[BaseException | None] = [error]
-    while chain:
-        each = chain.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            traceback.clear_frames(each.__traceback__)
-            chain += [each.__cause__, each.__context__]
+def _forget_frames(error: BaseException) -> None:
+    """Whoever keeps a failed job's result keeps where it failed, as a note, but not the frames:
+    they and their callers' hold buffers, pool and pages."""
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None:
+            if each.__traceback__ is not None:
+                where = "".join(traceback.format_tb(each.__traceback__))
+                each.__traceback__ = None
+                notes: list[str] = getattr(each, "__notes__", [])
+                if not any(note.startswith(_WHERE) for note in notes):  # it may end several jobs
+                    each.add_note(_WHERE + where)
+            left += [each.__cause__, each.__context__]

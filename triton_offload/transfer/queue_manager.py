@@ -6,8 +6,9 @@ import itertools
 import operator
 import reprlib
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex
 
 from triton_offload.calibration import Calibration, Path
@@ -47,6 +48,7 @@ class OffloadingQueueManager:
         self._lock = ProcessLock("queue manager")
         self._ids = itertools.count(1)
         self._workers: dict[tuple[type, type], OffloadingWorker] = {}
+        self._distinct: list[OffloadingWorker] = []  # for one may move several kinds
         self._worker_of: dict[int, OffloadingWorker] = {}  # jobs not reported yet
         self._ended: list[TransferResult] = []  # got from a worker, not handed on yet
         self._order = SlotOrder()
@@ -99,6 +101,8 @@ class OffloadingQueueManager:
             elif isinstance(worker, DeviceWorker):
                 self._order.waits_for_device.append(worker.wait_for_slots)
             self._workers[kind] = worker
+            if all(worker is not other for other in self._distinct):
+                self._distinct.append(worker)
 
     def transfer_async(
         self,
@@ -118,15 +122,14 @@ class OffloadingQueueManager:
             worker = self._worker_for(type(src_spec), type(dst_spec))
             job_id = next(self._ids)
             self._worker_of[job_id] = worker
+        submit = partial(
+            worker.transfer_async, job_id, src_spec, dst_spec, expedited=expedited, stream=stream
+        )
         try:
-            with (
-                self._order.device_job(src_spec, dst_spec)
-                if isinstance(worker, DeviceWorker)
-                else nullcontext()
-            ):
-                worker.transfer_async(
-                    job_id, src_spec, dst_spec, expedited=expedited, stream=stream
-                )
+            if isinstance(worker, DeviceWorker):
+                self._order.submit_to_device(src_spec, dst_spec, submit)
+            else:
+                submit()
         except BaseException:
             with self._lock:
                 self._worker_of.pop(job_id, None)
@@ -138,7 +141,7 @@ class OffloadingQueueManager:
         with self._lock:
             if self._closed:
                 return []
-            workers = self._distinct_workers()
+            workers = list(self._distinct)
         for worker in workers:
             ended = worker.get_finished()
             with self._lock:  # at once: where the next worker raises, these are for the next call
@@ -197,7 +200,7 @@ class OffloadingQueueManager:
             return
         with self._lock:
             self._closed = True
-            workers = self._distinct_workers()
+            workers = list(self._distinct)
         deadline = deadline_after(timeout)
         with ExitStack() as rest:
             for worker in reversed(workers):
@@ -216,10 +219,6 @@ class OffloadingQueueManager:
             f"src_spec, dst_spec: expected a kind of transfer with a registered worker, "
             f"got {src_cls.__name__} to {dst_cls.__name__}"
         )
-
-    def _distinct_workers(self) -> list[OffloadingWorker]:
-        """In the order of their registration; one may move several kinds."""
-        return list({id(worker): worker for worker in self._workers.values()}.values())
 
     def _by_worker(
         self, job_ids: Iterable[SupportsIndex]
@@ -247,7 +246,7 @@ class OffloadingQueueManager:
         """Asserts that each device worker knows exactly the jobs that were handed to it."""
         with self._lock:
             owners = dict(self._worker_of)
-            workers = self._distinct_workers()
+            workers = list(self._distinct)
         for worker in workers:
             if isinstance(worker, DeviceWorker):
                 worker._check()

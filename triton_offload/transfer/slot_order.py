@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +26,7 @@ class WaitForDevice(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """Who uses a slot. `written`: its one holder writes it."""
+    """Who uses a slot; somebody holds it. `written`: the one who does writes it."""
 
     holders: set[Turn] = field(default_factory=set)
     written: bool = False
@@ -92,9 +91,10 @@ class SlotOrder:
                     del self._slots[slot_id]
             turn.come.set()
 
-    @contextmanager
-    def device_job(self, src: LoadStoreSpec, dst: LoadStoreSpec) -> Iterator[None]:
-        """Submit a device's job in here: no function enters meanwhile.
+    def submit_to_device(
+        self, src: LoadStoreSpec, dst: LoadStoreSpec, submit: Callable[[], None]
+    ) -> None:
+        """Submit a device's job, while no function enters.
 
         Raises RuntimeError where a function's job has to end first.
         """
@@ -102,7 +102,7 @@ class SlotOrder:
             if self._slots:
                 for slot_id, writing in _uses(src, dst).items():
                     self._refuse(slot_id, writing)
-            yield
+            submit()
 
     def _refuse(self, slot_id: int, writing: bool) -> None:
         slot = self._slots.get(slot_id)
@@ -119,8 +119,6 @@ class SlotOrder:
 
     def _admit(self, slot_id: int, slot: _Slot) -> None:
         """Give the slot to whom it can be given."""
-        if not slot.holders:
-            slot.written = False
         while slot.waiting:
             turn = next(iter(slot.waiting))
             writing = turn.slots[slot_id]

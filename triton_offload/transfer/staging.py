@@ -14,7 +14,7 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StagingBuffer:
     """Device memory that one segment at a time passes through.
 

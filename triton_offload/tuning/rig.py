@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from triton_offload.calibration import Path
+from triton_offload.closing import Closing
 from triton_offload.device import Device
 from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
@@ -50,16 +52,19 @@ class Rig:
         self.num_pages = blocks * _TENSORS
         self.num_bytes = self.num_pages * page_bytes
         self._device = device
-        self._cache = device.empty(self.num_bytes)
-        self._cache.fill_(1)  # memory that was never written is not there yet
-        self._layout = CacheLayout(list(self._cache.view(_TENSORS, blocks, page_bytes)))
         self._ids = itertools.count(1)
         self._random = np.random.default_rng(0)
-        self.pool = HostPool.allocate(device, blocks, self._layout.slot_bytes)
-        with ExitStack() as resources:
-            resources.callback(self.pool.close)
+        self._resources = Closing()
+        # Other threads write what is made here, which inference mode would forbid them.
+        with ExitStack() as undo, torch.inference_mode(False):
+            undo.callback(self.close)
+            self._cache = device.empty(self.num_bytes)
+            self._cache.fill_(1)  # memory that was never written is not there yet
+            self._layout = CacheLayout(list(self._cache.view(_TENSORS, blocks, page_bytes)))
+            self.pool = HostPool.allocate(device, blocks, self._layout.slot_bytes)
+            self._resources.callback(self.pool.close)
             self.pool.wait_ready(_TIMEOUT_SECONDS)
-            self._resources = resources.pop_all()
+            undo.pop_all()
 
     def __enter__(self) -> Rig:
         return self
@@ -70,6 +75,10 @@ class Rig:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every pipeline and unpin the pool. A later call tries again what raised."""
         self._resources.close()
 
     def pipeline(self, options: PipelineOptions, device: Device | None = None) -> Pipeline:
@@ -77,7 +86,8 @@ class Rig:
         pool = self.pool
         if device is not None:
             pool = HostPool.from_tensor(device, pool.slots, pinned=pool.pinned)
-        pipeline = Pipeline(self._layout, pool, options)
+        with torch.inference_mode(False):
+            pipeline = Pipeline(self._layout, pool, options)
         self._resources.callback(pipeline.shutdown, _TIMEOUT_SECONDS)
         return pipeline
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
+import itertools
+import math
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +18,10 @@ from vllm.v1.kv_offload.cpu import gpu_worker as vllm_worker
 from vllm.v1.kv_offload.cpu import spec as vllm_spec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-from triton_offload.device import device_for
+from triton_offload.closing import Closing
+from triton_offload.device import Device, device_for
 from triton_offload.pool.host_pool import HostPool
+from triton_offload.sizes import parse_bytes
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
@@ -38,6 +44,15 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             raise ValueError(f"{SUPPORT}; got canonical_layout=True")
         if not (current_platform.is_cuda() or current_platform.is_cpu()):
             raise ValueError(f"{SUPPORT}; got the platform {current_platform.device_name!r}")
+        if config.extra_config.get("secondary_tiers"):
+            # They would read a region that is not the one the workers write.
+            raise ValueError(
+                "secondary_tiers: expected none, for TritonOffloadingSpec moves chunks between "
+                f"device and host memory only, got {config.extra_config['secondary_tiers']!r}"
+            )
+        size = _parse_size(config.extra_config.get("cpu_bytes_to_use"))
+        extra = {**config.extra_config, "cpu_bytes_to_use": size}
+        config = dataclasses.replace(config, extra_config=extra)
         # One copy a rank is right for replicated (MLA) caches too, and needs no writer election.
         # It has to be said before the sizes are worked out.
         if getattr(config, "replicated_layout", False):
@@ -46,7 +61,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         if self.num_chunks < 1:
             raise ValueError(
                 f"cpu_bytes_to_use: expected at least one chunk of {self.kv_bytes_per_chunk} "
-                f"bytes, got {self.extra_config.get('cpu_bytes_to_use')}"
+                f"bytes, got {size}"
             )
 
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
@@ -66,27 +81,43 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
                 f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
             )
+        resources = Closing()
+        try:
+            with torch.inference_mode(False):  # threads that are not in it will write to the pool
+                return self._make_worker(layout, resources)
+        except BaseException as error:
+            # Locals of where it came by hold the pool's memory: vLLM could not unmap its region.
+            traceback.clear_frames(error.__traceback__)
+            resources.close()
+            raise
+
+    def _make_worker(self, layout: CacheLayout, resources: Closing) -> TritonOffloadingWorker:
         path = self.extra_config.get("path", "auto")
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
+        pool = self._create_pool(device, resources)
+        queue = transfer_queue(layout, pool, path, None, calibration)
+        resources.callback(queue.shutdown)
+        return TritonOffloadingWorker(queue, pool, resources)
+
+    def _create_pool(self, device: Device, resources: Closing) -> HostPool:
         if not self._uses_shared_region():
-            pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
-            queue = transfer_queue(layout, pool, path, None, calibration)
-            return TritonOffloadingWorker(queue, pool)
+            try:
+                pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+            except ValueError as error:  # more than there is: what vLLM's users call it
+                message = str(error).replace("host_bytes", "cpu_bytes_to_use")
+                raise ValueError(message) from error
+            resources.callback(pool.close)
+            return pool
         region = self._create_region()
-        try:
-            if PIN_MEMORY:
-                _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=True)
-            slots = region.create_next_worker_view(self.cpu_page_size_per_worker)
-            pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=region.is_pinned)
-            # The region is pinned in pieces of whole rows, and no copy may straddle two.
-            rows = vllm_worker.MAX_HOST_REGISTER_CHUNK_BYTES // self.kv_bytes_per_chunk
-            pool.piece_slots = max(1, min(pool.num_slots, rows))
-            queue = transfer_queue(layout, pool, path, None, calibration)
-            return TritonOffloadingWorker(queue, pool, region.cleanup)
-        except BaseException:
-            region.cleanup()
-            raise
+        resources.callback(_release, region)
+        if PIN_MEMORY:
+            _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=True)
+        slots = region.create_next_worker_view(self.cpu_page_size_per_worker)
+        pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=region.is_pinned)
+        resources.callback(pool.close)
+        pool.piece_slots = _pinned_rows(region, self.kv_bytes_per_chunk)
+        return pool
 
     def _create_region(self) -> Any:
         return _call(
@@ -99,6 +130,33 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             barrier=vllm_spec._all_workers_barrier,
             num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1),  # since 0.33
         )
+
+
+def _parse_size(value: Any) -> int:
+    """`cpu_bytes_to_use`; a float is what vLLM makes of its own kv_offloading_size."""
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value)
+    size = parse_bytes("cpu_bytes_to_use", value)
+    if size == 0:  # which vLLM takes for nothing said
+        raise ValueError("cpu_bytes_to_use: expected at least one chunk, got 0")
+    return size
+
+
+def _pinned_rows(region: Any, row_bytes: int) -> int:
+    """How many rows vLLM pinned at once; no copy may straddle two such pieces.
+
+    A piece is whole rows, or, since 0.33 and where other ranks' slots take much of a row, one slot.
+    """
+    starts = sorted(region.pinned_addresses)
+    gaps = [after - before for before, after in itertools.pairwise(starts)]
+    return int(min(gaps, default=region.total_size_bytes) // row_bytes)
+
+
+def _release(region: Any) -> None:
+    # vLLM unmaps its region, which it can't while a tensor of ours, held by a cycle of the objects
+    # that were just shut down, exports that memory.
+    gc.collect()
+    region.cleanup()
 
 
 def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
 from vllm.v1.kv_offload import base as vllm_base
 
+from triton_offload.closing import Closing
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
@@ -31,19 +31,14 @@ class TransferCounts:
 class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm is untyped
     """One rank's transfers. vLLM calls every method from the thread that runs the model.
 
-    `release`: called once the last transfer has ended and nothing holds the pool any more.
+    `resources`: what `shutdown` closes, the queue manager and the pool among it.
     """
 
-    def __init__(
-        self,
-        manager: OffloadingQueueManager,
-        pool: HostPool,
-        release: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, manager: OffloadingQueueManager, pool: HostPool, resources: Closing) -> None:
         self.stores, self.loads = TransferCounts(), TransferCounts()
         self.pool: HostPool | None = pool
         self._manager: OffloadingQueueManager | None = manager
-        self._release = release
+        self._resources = resources
         self._ours: dict[int, int] = {}  # vLLM's job id -> ours, until it is reported
         self._theirs: dict[int, tuple[int, TransferCounts]] = {}
         self._reports: list[Any] = []
@@ -116,23 +111,16 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
             self._manager.wait([self._ours[job] for job in job_ids if job in self._ours])
 
     def shutdown(self) -> None:
-        """End every transfer and give the pool back. Idempotent."""
-        manager, pool, release = self._manager, self.pool, self._release
-        self._manager = self.pool = self._release = None
+        """End every transfer and give the pool back. Idempotent.
+
+        What a step raises is raised when all have run; a later call tries those again.
+        """
+        self._manager = self.pool = None  # nothing here holds the pool's memory from now on
         self._ours.clear()
         self._theirs.clear()
         self._reports.clear()
         self._failures.clear()
-        if manager is not None:
-            manager.shutdown()
-        if pool is not None:
-            pool.close()
-        del manager, pool
-        if release is not None:
-            # vLLM unmaps its region, which it can't while a tensor of ours, held by a cycle of
-            # the objects that were just shut down, exports that memory.
-            gc.collect()
-            release()
+        self._resources.close()
 
     def _give_way(self, manager: OffloadingQueueManager) -> None:
         """On the host device, let the oldest loads use the interpreter for a moment.

@@ -1,0 +1,92 @@
+"""What a store must clear of its slots, by what they held."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
+from triton_offload.transfer.contents import SlotContents, SlotMarks
+from triton_offload.transfer.layout import CacheLayout
+
+# Group 0 covers the others; 1 and 2 have a tensor each; 3 is padded, with less of 1's tensor.
+GROUPS = [[(0, 8), (1, 4)], [(0, 8)], [(1, 4)], [(0, 5)]]
+PADDED = 3
+
+
+class Slots:
+    """Slots of two blocks each; all stores are of the same few slots."""
+
+    def __init__(self) -> None:
+        tensors = [torch.zeros((16, 8), dtype=torch.uint8), torch.zeros((16, 4), dtype=torch.uint8)]
+        self.layout = CacheLayout(tensors, 2, GROUPS)
+        self.contents = SlotContents(self.layout, 8)
+
+    def store(self, group: int, slots=(2, 3, 4), *, first=0, count=None, fresh=True) -> SlotMarks:
+        marks = self.contents.store(self.run(group, slots, first, count, fresh))
+        self.contents._check()
+        return marks
+
+    def run(self, group: int, slots, first=0, count=None, fresh=True):
+        count = 2 * len(slots) - first if count is None else count
+        sizes = [count if g == group else 0 for g in range(len(GROUPS))]
+        pages = GPULoadStoreSpec(range(count), sizes, [first] * len(GROUPS))
+        spec = CPULoadStoreSpec(list(slots), fresh)
+        (run,) = self.layout.plan(Direction.STORE, pages, spec, 8)
+        return run
+
+
+@pytest.mark.parametrize(("before", "now"), [*itertools.product(range(4), repeat=2)])
+def test_a_fresh_slot_is_cleared_where_a_chunk_leaves_something_of_the_one_before(before, now):
+    covers = now == 0 or before == now or (before == PADDED and now == 1)
+    slots = Slots()
+    assert slots.store(before).stale == ()  # a pool begins with zeros
+    assert slots.store(now).stale == (() if covers else (0, 1, 2))
+    assert slots.store(now).stale == ()
+
+
+def test_bytes_of_several_groups_are_cleared_by_every_fresh_store():
+    slots = Slots()
+    slots.store(1)
+    assert slots.store(2, fresh=False).stale == ()  # keeps group 1's
+    assert slots.store(0).stale == (0, 1, 2)
+    assert slots.store(0).stale == ()
+
+
+def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
+    slots = Slots()
+    assert slots.store(1, fresh=False).stale == ()
+    assert slots.store(1, fresh=False).stale == ()
+    assert slots.store(1).stale == ()
+
+
+def test_only_the_slots_of_a_failed_store_are_in_doubt():
+    slots = Slots()
+    slots.store(0, (0, 1, 2, 3, 4))
+    slots.contents.doubt([slots.run(0, (1, 3)), slots.run(0, (4,))])
+    slots.contents._check()
+    assert slots.store(0, (0, 1, 2, 3, 4)).stale == (1, 3, 4)
+    assert slots.store(0, (0, 1, 2, 3, 4)).stale == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "partial"),
+    [(0, 6, ()), (1, 5, (0,)), (0, 5, (2,)), (1, 4, (0, 2))],
+)
+@pytest.mark.parametrize("group", [0, PADDED])
+def test_partial_chunks_are_filled_where_fresh_and_kept_where_not(group, first, count, partial):
+    marks = Slots().store(group, first=first, count=count)
+    assert (marks.unfilled, marks.kept) == (partial, ())
+    marks = Slots().store(group, first=first, count=count, fresh=False)
+    # between padded pages lie bytes that a copy of the whole chunk would overwrite
+    assert (marks.unfilled, marks.kept) == ((), (0, 1, 2) if group == PADDED else partial)
+
+
+def test_each_slot_has_a_flag_of_its_own():
+    slots = Slots()
+    slots.store(0)
+    marks = slots.store(1, first=1, count=4, fresh=[True, True, False])
+    assert (marks.stale, marks.unfilled, marks.kept) == ((0, 1), (0,), (2,))
+    assert slots.store(1).stale == (2,)
