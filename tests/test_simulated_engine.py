@@ -248,7 +248,7 @@ def test_blocks_under_transfer_are_handed_out_when_they_are_released():
         held = set().union(*(transfer.blocks for transfer in engine._transfers.values()))
         while engine._requests:
             engine.finish()
-        told = {job for job in queue.streams_wait}
+        told = set(queue.streams_wait)
         for job, transfer in engine._transfers.items():
             assert transfer.blocks.isdisjoint(engine._free)
             assert bool(transfer.blocks) == (job not in told)

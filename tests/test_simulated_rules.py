@@ -121,18 +121,22 @@ def test_leaving_the_device_runs_what_is_queued_and_reports_races():
         buffer = device.empty(16)
         fill(device, buffer, 7)
     assert (buffer == 7).all()
-    with pytest.raises(RaceError, match="fill 2"), SimulatedDevice(0) as device:
+    with pytest.raises(RaceError, match="fill 2"):
+        race_in_a_simulation(0)
+
+
+def race_in_a_simulation(seed: int, error: Exception | None = None) -> None:
+    with SimulatedDevice(seed) as device:
         buffer = device.empty(16)
         fill(device, buffer, 1)
         fill(device, buffer, 2, device.new_stream("other"))
+        if error is not None:
+            raise error
 
 
 def test_a_failure_in_it_names_the_races_behind_it():
-    with pytest.raises(ValueError, match="wrong") as caught, SimulatedDevice(5) as device:
-        buffer = device.empty(16)
-        fill(device, buffer, 1)
-        fill(device, buffer, 2, device.new_stream("other"))
-        raise ValueError("wrong")
+    with pytest.raises(ValueError, match="wrong") as caught:
+        race_in_a_simulation(5, ValueError("wrong"))
     (note,) = caught.value.__notes__
     assert note.startswith("race on byte 0 of device buffer 1: #2 fill 2 on other writes it")
     assert "SimulatedDevice(seed=5), last events:" in note
@@ -263,6 +267,20 @@ def order_of_copies(*, in_turn: bool) -> list[str]:
     ]
 
 
+def test_what_one_stream_was_given_runs_in_that_order():
+    for seed in range(20):
+        device = SimulatedDevice(seed)
+        host, pages = pinned(device), device.empty(16)
+        for value in range(4):
+            device.copy(host, pages, device.compute_stream)
+            device.copy(pages, host, device.compute_stream)
+            fill(device, pages, value)
+        device.drain()
+        lines = [line.split() for line in device.trace().splitlines()]
+        ran = [int(words[1][1:]) for words in lines if words[0] == "run"]
+        assert ran == sorted(ran)
+
+
 def test_a_copy_engine_serves_streams_in_turn_or_first_in_first_out():
     assert order_of_copies(in_turn=True) == ["a", "b", "a", "b", "a", "b"]
     assert order_of_copies(in_turn=False) == ["a", "a", "a", "b", "b", "b"]
@@ -280,9 +298,13 @@ def test_the_time_between_two_events_is_that_of_what_lies_between():
 
 def test_a_host_that_sleeps_on_and_on_is_stuck():
     device = SimulatedDevice(0)
-    with pytest.raises(Stuck, match="the host sleeps"):
+
+    def sleep_on() -> None:
         for _ in range(4000):
             device.sleep(0.001)
+
+    with pytest.raises(Stuck, match="the host sleeps"):
+        sleep_on()
 
 
 # -- who knows of what --
@@ -326,11 +348,11 @@ def test_what_ran_on_a_stream_that_is_closed_is_over():
 def test_more_streams_than_there_was_room_for_are_told_apart():
     device = SimulatedDevice(0)
     buffer = device.empty(40)
-    streams = [device.new_stream(f"{i}") for i in range(40)]
-    for i, stream in enumerate(streams):
+    for i in range(40):  # each is used while there is room for no other
+        stream = device.new_stream(f"{i}")
         fill(device, buffer[i : i + 1], i, stream)
     assert not device.races
-    fill(device, buffer[17:18], 0, streams[39])
+    fill(device, buffer[17:18], 0, stream)
     assert len(device.races) == 1
 
 
@@ -382,6 +404,11 @@ def test_memory_is_found_by_its_addresses_and_older_memory_there_is_gone():
 
 
 def test_a_race_names_the_memory_that_its_byte_lies_in():
+    checker = RaceChecker()
+    for name in "ab":
+        checker.add(100 * ord(name), 50, name, on_device=True, pinned=True)
+    names = [checker._place(cell) for cell in (0, 49, 50, 99)]
+    assert names == ["byte 0 of a", "byte 49 of a", "byte 0 of b", "byte 49 of b"]
     device = SimulatedDevice(0)
     _, second = device.empty(16), device.empty(16)
     fill(device, second)
