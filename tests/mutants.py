@@ -719,7 +719,7 @@ def a_chunk_is_evicted_while_it_is_loaded():
 
     return _together(
         _instead(CPUOffloadingManager, "prepare_load", make),
-        patch.object(CPUOffloadingManager, "complete_load", lambda self, keys: None),
+        patch.object(CPUOffloadingManager, "complete_load", lambda *_, **__: None),
         a_store_does_not_wait_for_a_load_of_its_slots(),
     )
 
