@@ -747,7 +747,7 @@ def a_reset_frees_slots_under_transfer():
 @mutant("pins, a failed job", scenarios.offloader)
 def the_chunk_of_a_failed_store_is_loaded():
     def make(complete):
-        return lambda self, keys, success=True: complete(self, keys)
+        return lambda self, keys, success=True, **which: complete(self, keys, **which)
 
     return _instead(CPUOffloadingManager, "complete_store", make)
 
