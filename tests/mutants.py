@@ -719,7 +719,7 @@ def a_chunk_is_evicted_while_it_is_loaded():
 
     return _together(
         _instead(CPUOffloadingManager, "prepare_load", make),
-        patch.object(CPUOffloadingManager, "complete_load", lambda self, keys: None),
+        patch.object(CPUOffloadingManager, "complete_load", lambda *_, **__: None),
         a_store_does_not_wait_for_a_load_of_its_slots(),
     )
 
@@ -747,7 +747,7 @@ def a_reset_frees_slots_under_transfer():
 @mutant("pins, a failed job", scenarios.offloader)
 def the_chunk_of_a_failed_store_is_loaded():
     def make(complete):
-        return lambda self, keys, success=True: complete(self, keys)
+        return lambda self, keys, success=True, **which: complete(self, keys, **which)
 
     return _instead(CPUOffloadingManager, "complete_store", make)
 
