@@ -562,7 +562,7 @@ def test_addresses_strides_and_options_are_compiled_as_they_are(
     monkeypatch.setattr(
         compiling.triton, "compile", lambda *args, **kwargs: compiled.append((args, kwargs))
     )
-    spec = kernel_specs(table_of(64), 4, CONFIG)[0]
+    spec = kernel_specs(table_of(64), 4, KernelConfig(8, 4096, 6))[0]
     compiling.compile_kernel.cache_clear()
     try:
         compiling.compile_kernel(kernel, spec, TARGETS["sm_80"])
