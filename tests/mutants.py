@@ -23,12 +23,12 @@ from triton_offload.specs import Direction
 from triton_offload.testing import SimulatedDevice, Stuck
 from triton_offload.transfer import ranges
 from triton_offload.transfer.contents import SlotContents
+from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.lane import Job, Lane
 from triton_offload.transfer.paths import PathQueue
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 from triton_offload.transfer.staging import IndexRing
-from triton_offload.transfer.worker import DeviceWorker
 
 MOST_SEEDS = 50
 

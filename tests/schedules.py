@@ -15,10 +15,10 @@ from triton_offload.specs import Direction, Ids
 from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.serving import ServingEngine
+from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 from triton_offload.transfer.staging import IndexRing
-from triton_offload.transfer.worker import DeviceWorker
 
 MIN_OPERATIONS = 100
 MOST_STEPS = 5000  # far more than any schedule takes

@@ -14,8 +14,8 @@ from triton_offload.device.base import DeviceLostError
 from triton_offload.offloader import PoolFullError
 from triton_offload.specs import CPULoadStoreSpec, Direction, LoadStoreSpec
 from triton_offload.testing import InjectedError
+from triton_offload.transfer.function_worker import FunctionWorker
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
-from triton_offload.transfer.worker import FunctionWorker
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

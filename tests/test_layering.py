@@ -32,6 +32,7 @@ LAYERS = [
     {"transfer.lane"},
     {"transfer.pipeline"},
     {"transfer.worker"},
+    {"transfer.device_worker", "transfer.function_worker"},
     {"transfer.queue_manager"},
     {"testing.races", "testing.background"},
     {"testing.schedule"},

@@ -187,6 +187,10 @@ class Pipeline:
         deadline = None if timeout is None else self._device.monotonic() + timeout
         self._wait(job, deadline, timeout)
 
+    def monotonic(self) -> float:
+        """The clock that `wait` counts its timeout by."""
+        return self._device.monotonic()
+
     def _wait(self, job: Job, deadline: float | None, timeout: float | None) -> None:
         while True:
             with self._lock:
@@ -195,6 +199,15 @@ class Pipeline:
                     return
                 event = self._lanes[job.lane].next_event
             self._block(event, deadline, f"job {job.job_id} was not done within {timeout} s")
+
+    def wait_for_slots(self, slot_ids: Ids, *, writing: bool) -> None:
+        """Block until the jobs submitted so far that write these slots have ended, and where
+        `writing` those that read them too. Slots that the pool does not have are nobody's."""
+        known = slot_ids[(slot_ids >= 0) & (slot_ids < self._num_slots)]
+        with self._lock:
+            jobs = self._order_on_slots("store" if writing else "load", known)
+        for job in jobs:
+            self.wait(job)
 
     def released(self, job: Job) -> bool:
         """Whether the job's pages are the engine's again (ordering rule 3)."""
