@@ -84,7 +84,7 @@ def test_staging_that_could_not_be_cleared_is_cleared_again():
     world = begun("queue manager", 1, Path.STAGED)
     lane = world.pipeline._lanes["store"]
     world.injected = InjectedError("injected: fill_zero failed")
-    lane.paths.distrust()
+    lane.streams.distrust()
     world.device.faults.in_run("fill_zero", 1, error=world.injected)
     world.store(1, [2])
     world.finish()

@@ -14,7 +14,7 @@ from triton_offload.specs import (
     LoadStoreSpec,
     TransferResult,
 )
-from triton_offload.transfer.lane import Job
+from triton_offload.transfer.job import Job
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.worker import OffloadingWorker, check_new
 

@@ -31,10 +31,11 @@ from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.contents import SlotContents
-from triton_offload.transfer.lane import Job, Lane
+from triton_offload.transfer.job import Job
+from triton_offload.transfer.lane import Lane
+from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
-from triton_offload.transfer.paths import PathQueue
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
@@ -88,7 +89,7 @@ class Pipeline:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
             for name, direction in _LANES.items():
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
-                paths = PathQueue(
+                streams = LaneStreams(
                     self._device,
                     layout,
                     pool,
@@ -97,13 +98,13 @@ class Pipeline:
                     num_buffers=options.num_buffers,
                     buffer_bytes=buffer_bytes,
                 )
-                undo.callback(paths.close)
-                dropped.callback(paths.close)
+                undo.callback(streams.close)
+                dropped.callback(streams.close)
                 self._lanes[name] = Lane(
                     name,
                     direction,
                     self._device,
-                    paths,
+                    streams,
                     table,
                     blocks_per_chunk=layout.blocks_per_chunk,
                     max_indices=options.max_indices,
