@@ -25,7 +25,7 @@ from contextlib import ExitStack, suppress
 
 import numpy as np
 
-from triton_offload.calibration import CUDA_PATHS, HOST_PATHS, Path, PathTable
+from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
@@ -73,7 +73,7 @@ class Pipeline:
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
         self._num_slots = pool.num_slots
-        table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
+        table = options.paths or self._device.default_paths
         if options.path is not None:
             table = PathTable(Path(options.path))
         buffer_bytes = max(
