@@ -30,8 +30,8 @@ class Rates:
 
     `link`: one way, an H100 on PCIe Gen5 x16. `kernel`: what 16 CTAs gather or scatter (the link's
     bytes of 100 us cost some 70 SM us). `device`: a copy inside the device. `launch`: from the
-    queue to the first byte. `small_copy`: a copy engine's time for a small range of a batch. `call`:
-    the host's for one call.
+    queue to the first byte. `small_copy`: a copy engine's time for a small range of a batch.
+    `call`: the host's for one call.
     """
 
     link: float = 55e9
