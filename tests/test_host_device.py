@@ -289,7 +289,7 @@ def test_a_cpu_gets_the_host_device():
 def test_all_of_it_works_where_tensors_are_made_otherwise(mode, path):
     with mode():
         caches = [
-            torch.arange(64 * size, device="cpu").to(torch.int16).view(64, size) for size in (24, 7)
+            torch.arange(64 * size, device="cpu").to(torch.uint8).view(64, size) for size in (24, 7)
         ]
         offloader = KVOffloader(caches, "1MiB", blocks_per_chunk=2, path=path)
         offloader.store([b"%d" % i for i in range(6)], range(12)).wait(60)
