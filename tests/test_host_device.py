@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from triton_offload import KVOffloader
+from triton_offload.calibration import default_calibration
 from triton_offload.device import device_for
 from triton_offload.device.host import HostDevice
 from triton_offload.device.threads import _running
@@ -310,3 +311,11 @@ def test_buffers_are_the_host_s_and_can_be_written_in_any_mode(device):
         assert buffer.device.type == "cpu"
         assert not buffer.is_inference()
         buffer.zero_()
+
+
+def test_a_card_launches_as_its_calibration_says(monkeypatch):
+    made = []
+    monkeypatch.setattr("triton_offload.device.cuda.CUDADevice", lambda *a: made.append(a) or a)
+    card, calibration = torch.device("cuda", 1), default_calibration("cuda")
+    assert device_for(card, calibration) == (card, calibration)
+    assert made == [(card, calibration)]
