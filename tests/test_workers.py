@@ -22,9 +22,11 @@ from triton_offload.specs import (
     TransferStatus,
 )
 from triton_offload.transfer import worker as worker_module
+from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.function_worker import FunctionWorker
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
-from triton_offload.transfer.worker import DeviceWorker, FunctionWorker, OffloadingWorker
+from triton_offload.transfer.worker import OffloadingWorker
 
 
 class Disk(LoadStoreSpec):
