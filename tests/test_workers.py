@@ -947,3 +947,24 @@ def test_a_path_that_is_none_is_refused(world, bad):
         transfer_queue(world.layout, world.pool, path=bad)
     with pytest.raises(ValueError, match="path: expected it in `options`"):
         transfer_queue(world.layout, world.pool, path="staged", options=PipelineOptions())
+
+
+def test_of_several_jobs_a_function_takes_back_none_together_and_one_alone(manager):
+    running, go = threading.Event(), threading.Event()
+
+    def hold(src, dst):
+        running.set()
+        assert go.wait(60)
+
+    manager.register_worker(Disk, Disk, hold)
+    first, *waiting = (manager.transfer_async(Disk(), Disk()) for _ in range(3))
+    try:
+        assert running.wait(60)
+        assert not manager.cancel_together([first])
+        assert not manager.cancel_together(waiting)
+        assert manager.cancel_together(waiting[:1])
+    finally:
+        go.set()
+    results = {result.job_id: result.status for result in finish(manager, first, *waiting)}
+    assert results[first] is results[waiting[1]] is TransferStatus.SUCCESS
+    assert results[waiting[0]] is TransferStatus.CANCELLED
