@@ -361,9 +361,9 @@ def the_last_job_goes_first():
 @mutant("5", scenarios.two_stores_and_a_load)
 def paths_change_without_settling():
     def make(queue):
-        def queue_unsettled(self, job, piece):
+        def queue_unsettled(self, job, planned):
             self._last_path = None
-            return queue(self, job, piece)
+            return queue(self, job, planned)
 
         return queue_unsettled
 

@@ -181,7 +181,7 @@ def test_a_stream_told_to_end_drops_what_is_queued_and_the_rest_of_a_batch(devic
     source, target = torch.ones(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
 
     class Sizes:
-        """Of a batch; its stream is told to end between the first piece and the second."""
+        """Of a batch; its stream is told to end between the first range and the second."""
 
         def tolist(self):
             yield 1

@@ -220,7 +220,7 @@ class CUDADevice(RealTime):
 
 
 def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.KernelConfig:
-    """The kernels' own configuration, or one of this shape with as many bytes a thread."""
+    """The kernels' own configuration, or one of this shape with as many bytes per thread."""
     own = pages.choose_config(zero_copy=zero_copy, backend="hip" if torch.version.hip else "cuda")
     if shape is None:
         return own
