@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from triton_offload.errors import TransferFailedError
 from triton_offload.specs import Direction, TransferResult
-
-
-class TransferFailedError(RuntimeError):
-    """A job did not move all of its bytes; the cause is in `result.error`."""
-
-    def __init__(self, result: TransferResult) -> None:
-        super().__init__(f"job {result.job_id} {result.status.value}: {result.error}")
-        self.result = result
 
 
 class JobOwner(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from triton_offload.calibration import Calibration, LaunchShape, default_calibration
-from triton_offload.device.base import DeviceLostError
 from triton_offload.device.realtime import RealTime
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable, alignment_of
 from triton_offload.specs import Ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from triton_offload.calibration import Path, PathTable
+from triton_offload.calibration import Path, PathName, PathTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class PipelineOptions:
     Raises ValueError or TypeError naming the field, what was expected and what was given.
     """
 
-    path: Path | str | None = None
+    path: Path | PathName | None = None
     paths: PathTable | None = None
     buffer_bytes: int = 16 << 20
     num_buffers: int = 3

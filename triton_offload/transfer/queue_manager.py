@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
 
-from triton_offload.calibration import Calibration, Path
+from triton_offload.calibration import Calibration, Path, PathChoice
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.process_lock import ProcessLock
 from triton_offload.specs import (
@@ -256,7 +256,7 @@ class OffloadingQueueManager:
 def transfer_queue(
     layout: CacheLayout,
     pool: HostPool,
-    path: str = "auto",
+    path: PathChoice = "auto",
     options: PipelineOptions | None = None,
     calibration: Calibration | None = None,
 ) -> OffloadingQueueManager:
