@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from triton_offload.errors import TransferFailedError
+from triton_offload.kernels.arguments import as_seconds
 from triton_offload.specs import Direction, TransferResult
 
 
@@ -78,6 +79,7 @@ class OffloadJob:
 
     def block(self, timeout: float | None = None) -> None:
         """Block until the job has ended, well or not. Raises TimeoutError."""
+        timeout = as_seconds("timeout", timeout)
         owner = self._owner
         if owner is not None:
             owner._block(self, timeout)

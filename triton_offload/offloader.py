@@ -22,10 +22,11 @@ from triton_offload.calibration import Calibration, PathChoice
 from triton_offload.device import Device, device_for
 from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.kernels.arguments import as_integer
+from triton_offload.kernels.arguments import as_integer, as_seconds, shown
 from triton_offload.kernels.table import check_ids
 from triton_offload.ledger import Entry, JobLedger
 from triton_offload.pool.host_pool import HostPool
+from triton_offload.pool.memory_limits import check_memory
 from triton_offload.process_lock import ProcessLock
 from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
 from triton_offload.scheduler.manager import CPUOffloadingManager, OffloadingEvent
@@ -100,7 +101,10 @@ class KVOffloader:
         device: Device | None = None,
     ) -> None:
         self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
+        if device is not None and (isinstance(device, type) or not hasattr(device, "check_stream")):
+            raise TypeError(f"device: expected a Device or None, got {shown(device)}")
         size = parse_bytes("host_bytes", host_bytes)
+        check_memory("host_bytes", size)  # before anything grows with it
         num_chunks = size // self._layout.slot_bytes
         if num_chunks < 1:
             raise ValueError(
@@ -163,7 +167,9 @@ class KVOffloader:
         chunks may have been evicted.
         """
         with self._lock:
-            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
+            stored, span, ids = self._request(
+                keys, block_ids, first_block, group, stream, distinct=False
+            )
             output = self._manager.prepare_store(stored, span.masks())
             if output is None:
                 raise PoolFullError(
@@ -216,7 +222,9 @@ class KVOffloader:
         changed then.
         """
         with self._lock:
-            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
+            stored, span, ids = self._request(
+                keys, block_ids, first_block, group, stream, distinct=True
+            )
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
             entry = self._entry(Direction.LOAD, stored)
@@ -284,6 +292,8 @@ class KVOffloader:
 
         Raises ValueError for a job of another offloader.
         """
+        if not isinstance(job, OffloadJob):
+            raise TypeError(f"job: expected an OffloadJob, got {shown(job)}")
         with self._lock:
             self._collect()
             entry = self._ledger.entry_of(job)
@@ -326,6 +336,7 @@ class KVOffloader:
         does not finish; a later call tries again. Other errors of the device are raised when all
         that can be freed is. Does nothing in a fork of the process that made the offloader.
         """
+        timeout = as_seconds("timeout", timeout)
         if self._lock.foreign or not self._finalizer.alive:
             return
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -362,11 +373,13 @@ class KVOffloader:
         block_ids: BlockIds,
         first_block: int,
         group: int,
+        stream: Any,
         *,
         distinct: bool,
     ) -> tuple[list[Key], ChunkSpan, Ids]:
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
+        self._pool.device.check_stream(stream)
         if self._pool.device.capturing():
             raise RuntimeError("the current stream captures a graph: expected no transfers in it")
         stored = self._offload_keys(keys, group)

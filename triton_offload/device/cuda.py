@@ -19,6 +19,7 @@ from triton_offload.calibration import Calibration, LaunchShape, default_calibra
 from triton_offload.device.realtime import RealTime
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
+from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable, alignment_of
 from triton_offload.specs import Ids
 
@@ -52,7 +53,7 @@ class CUDADevice(RealTime):
             return
         if not isinstance(stream, torch.cuda.Stream) or stream.device != self.torch_device:
             raise ValueError(
-                f"stream: expected a torch.cuda.Stream on {self.torch_device}, got {stream!r}"
+                f"stream: expected a torch.cuda.Stream on {self.torch_device}, got {shown(stream)}"
             )
 
     def capturing(self) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Collection, Container, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from triton_offload.kernels.arguments import shown
 from triton_offload.scheduler.policies import (
     ARCPolicy,
     EvictionPolicy,
@@ -29,12 +29,14 @@ def make_policy(
     """
     if isinstance(policy, str):
         if policy not in _BY_NAME:
-            raise ValueError(f"policy: expected 'lru', 'arc' or a class of yours, got {policy!r}")
+            raise ValueError(
+                f"policy: expected 'lru', 'arc' or a class of yours, got {shown(policy)}"
+            )
         return _BY_NAME[policy](capacity)
     if not callable(policy):
         raise TypeError(
             f"policy: expected 'lru', 'arc', or a class or function that makes an EvictionPolicy "
-            f"of the number of chunks, got {reprlib.repr(policy)}"
+            f"of the number of chunks, got an instance of {type(policy).__name__}"
         )
     return GuardedPolicy(policy, capacity, held)
 
@@ -49,7 +51,7 @@ class GuardedPolicy:
 
     def __init__(self, make: PolicyMaker, capacity: int, held: Container[Key]) -> None:
         self._make, self._capacity, self._held = make, capacity, held
-        self._name = getattr(make, "__qualname__", None) or reprlib.repr(make)
+        self._name = getattr(make, "__qualname__", None) or shown(make)
         self._wrong: str | None = None
         self._cause: Exception | None = None
         self._policy = self._made()
@@ -87,7 +89,7 @@ class GuardedPolicy:
                 self._cause = error
             self._wrong = (
                 f"evict: expected {count} different keys that are in the pool, neither protected "
-                f"nor busy, got {reprlib.repr(answer)}"
+                f"nor busy, got {shown(answer)}"
             )
         raise RuntimeError(
             f"policy {self._name}: {self._wrong}; nothing is evicted until a reset"
@@ -116,7 +118,7 @@ class GuardedPolicy:
         if missing:
             raise TypeError(
                 f"policy: expected what makes an EvictionPolicy, got {self._name}, which made "
-                f"{reprlib.repr(made)} without {', '.join(missing)}"
+                f"{shown(made)} without {', '.join(missing)}"
             )
         return made
 
