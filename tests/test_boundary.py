@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +121,7 @@ CONSTRUCTION: list[tuple[str, dict[str, Any]]] = [
             torch.device("cpu"),
             LONG,
             Shouting(),
-            SimpleNamespace(),
+            object(),
             SimulatedDevice,
         )
     ),

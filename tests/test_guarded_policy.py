@@ -197,7 +197,30 @@ def test_a_policy_that_failed_is_asked_no_more_until_a_reset_makes_a_new_one():
     assert store(manager, [C]) == (B,)
 
 
-def test_a_reset_survives_a_policy_that_can_be_made_no_more():
+def test_a_reset_clears_a_policy_and_one_that_cannot_be_cleared_is_made_anew():
+    made: list[EvictionPolicy] = []
+
+    class Uncleared(SIEVEPolicy):
+        def clear(self) -> None:
+            if self is not made[0]:
+                raises(self)
+            super().clear()
+
+    def make(capacity: int) -> EvictionPolicy:
+        made.append(SIEVEPolicy(capacity) if not made else Uncleared(capacity))
+        return made[-1]
+
+    for number_made in (1, 3):
+        manager = CPUOffloadingManager(2, make)
+        store(manager, [A, B])
+        manager.reset()
+        manager._check()
+        assert len(made) == number_made
+        store(manager, [A, B])
+        assert store(manager, [C]) == (B,)
+
+
+def test_a_reset_survives_a_policy_that_can_be_made_no_more(monkeypatch):
     made = []
 
     def make(capacity: int) -> EvictionPolicy:
@@ -206,9 +229,12 @@ def test_a_reset_survives_a_policy_that_can_be_made_no_more():
             raise OSError("no more")
         return LRUPolicy(capacity)
 
+    monkeypatch.setattr(LRUPolicy, "refresh", raises)
     manager = CPUOffloadingManager(2, make)
+    store(manager, [A])
     store(manager, [A, B])
     manager.reset()
+    assert made == [2, 2]
     store(manager, [A, B])
     with pytest.raises(RuntimeError, match="made raised OSError"):
         manager.prepare_store([C])

@@ -46,7 +46,7 @@ class GuardedPolicy:
 
     Its answers are checked before the manager acts on them. What it raises is kept: it is asked no
     more from its first wrong on, for its order and the pool's chunks belong together no longer, and
-    every eviction raises RuntimeError that names the policy and the wrong. `clear` makes a new one.
+    every eviction raises RuntimeError that names the policy and the wrong, until `clear`.
     """
 
     def __init__(self, make: PolicyMaker, capacity: int, held: Container[Key]) -> None:
@@ -99,7 +99,10 @@ class GuardedPolicy:
         self._call("release", tuple(keys))
 
     def clear(self) -> None:
-        """Starts anew, whatever was wrong, with a policy that was never asked."""
+        """Forgets every key; after a wrong with a policy that is made anew."""
+        self._call("clear")
+        if self._wrong is None:
+            return
         self._wrong = self._cause = None
         try:
             self._policy = self._made()
