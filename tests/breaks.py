@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "breaks"
 #: what a copy needs
-FOLDERS = ("triton_offload", "kernels", "tests", "bench", "tools", "examples")
+FOLDERS = ("triton_offload", "kernels", "tests", "bench", "tools", "examples", "docs")
 PARTS = (*FOLDERS, "pyproject.toml", "README.md")
 TIMEOUT_SECONDS = 180
 

@@ -326,3 +326,9 @@ def test_it_is_made_and_used_where_tensors_are_made_elsewhere_by_default(path):
 
 def test_a_calibration_is_taken_as_it_is():
     moves_bytes(calibration=Calibration(PathTable(Path_.STAGED), buffer_bytes=1 << 10))
+
+
+def test_a_tensor_is_named_in_full():
+    name = "model.language_model.layers.17.self_attn.attn"
+    with pytest.raises(ValueError, match=rf"^kv_caches\['{name}'\]: expected a torch.Tensor, got"):
+        KVOffloader({name: None}, 1 << 20)  # type: ignore[dict-item]

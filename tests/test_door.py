@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import triton_offload
 from triton_offload import TransferFailedError, TransferResult, TransferStatus
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "api.md"
 DOOR = ROOT / "triton_offload" / "__init__.py"
 
 PROGRAM = '''
@@ -159,7 +162,7 @@ def test_nothing_is_loaded_before_it_is_used():
         "assert 'numpy' not in sys.modules\n"
         "from triton_offload import OffloadingStats, EvictionPolicy, Calibration, PipelineOptions\n"
         "assert 'torch' not in sys.modules\n"
-        "assert vars(triton_offload)['PoolFullError'] is PoolFullError  # found at once from now on",
+        "assert vars(triton_offload)['PoolFullError'] is PoolFullError  # kept",
     )
 
 
@@ -189,6 +192,21 @@ def test_a_program_with_all_the_names_passes_the_type_checker_and_runs(tmp_path)
     places = [line.rpartition("wrong.py:")[2].partition(":")[0] for line in lines]
     assert places == ["3", "4", "5", "6"], checked.stdout + checked.stderr
     assert run(program).count("UnknownKeyError") == 3
+
+
+def test_each_error_is_what_the_page_says():
+    """Whoever catches a KeyError or RuntimeError goes on catching these."""
+    rows = re.findall(r"^\| `(\w+Error)` \| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == {n for n in triton_offload.__all__ if n.endswith("Error")}
+    for name, base in rows:
+        assert getattr(triton_offload, name).__bases__ == (getattr(builtins, base),)
+
+
+def test_a_failed_transfer_says_which_job_how_it_ended_and_why():
+    result = TransferResult(7, TransferStatus.FAILED, error=OSError("no link"))
+    error = TransferFailedError(result)
+    assert str(error) == "job 7 failed: no link"
+    assert error.result is result
 
 
 def test_an_error_goes_from_process_to_process_with_its_result():
