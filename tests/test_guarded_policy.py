@@ -79,7 +79,7 @@ class NoPolicy:
 @pytest.mark.parametrize(
     ("policy", "error", "message"),
     [
-        ("fifo", ValueError, "'arc' or a class of yours, got 'fifo'"),
+        ("fifo", ValueError, "or 'arc', got 'fifo'"),
         (None, TypeError, "of the number of chunks, got an instance of NoneType"),
         (3, TypeError, "of the number of chunks, got an instance of int"),
         (LRUPolicy(4), TypeError, "of the number of chunks, got an instance of LRUPolicy"),

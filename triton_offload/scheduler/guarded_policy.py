@@ -29,9 +29,7 @@ def make_policy(
     """
     if isinstance(policy, str):
         if policy not in _BY_NAME:
-            raise ValueError(
-                f"policy: expected 'lru', 'arc' or a class of yours, got {shown(policy)}"
-            )
+            raise ValueError(f"policy: expected 'lru' or 'arc', got {shown(policy)}")
         return _BY_NAME[policy](capacity)
     if not callable(policy):
         raise TypeError(
