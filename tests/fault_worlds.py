@@ -301,7 +301,7 @@ class FaultWorld(ABC):
     def check_memory_freed(self) -> None:
         """Dropped, nothing keeps the rings, but for what the test itself kept."""
         pipeline = weakref.ref(self.pipeline)
-        assert not any(lane.paths._ring._buffers for lane in self.pipeline._lanes.values())
+        assert not any(lane.streams._ring._buffers for lane in self.pipeline._lanes.values())
         assert not any(lane._indices.capacity for lane in self.pipeline._lanes.values())
         self.jobs.clear()
         self.raised.clear()

@@ -182,7 +182,7 @@ def test_tensors_on_a_device_are_fetched():
         (torch.tensor([True]), r".*of torch\.bool on cpu"),
         (torch.zeros(2, dtype=torch.int64, device="meta"), r".*of torch\.int64 on meta"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],
 )
 def test_what_are_no_ids_is_said_in_one_line(ids, message):
     with pytest.raises(ValueError, match=f"^block_ids: expected a one-dim.* integers, {message}"):

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from triton_offload.calibration import Calibration, LaunchShape, default_calibration
+from triton_offload.calibration import (
+    CUDA_PATHS,
+    Calibration,
+    LaunchShape,
+    default_calibration,
+)
 from triton_offload.device.realtime import RealTime
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
@@ -36,6 +41,8 @@ class CUDADevice(RealTime):
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.maps_host_memory = True
+        self.default_paths = CUDA_PATHS
+        self.needs_interpreter = False
         self.batches_copies = hasattr(_bindings("driver"), "cuMemcpyBatchAsync")
         launches = calibration or default_calibration("cuda")
         self._configs = {

@@ -10,14 +10,15 @@ from typing import Literal
 
 import torch
 
+from triton_offload.calibration import CUDA_PATHS
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 from triton_offload.testing.background import Background
 from triton_offload.testing.controls import Controls
 from triton_offload.testing.races import Cells
-from triton_offload.testing.schedule import Engine, Stream
-from triton_offload.testing.simulation import Record, Simulation
+from triton_offload.testing.schedule import Engine, Record, Stream
+from triton_offload.testing.simulation import Simulation
 from triton_offload.testing.work import Launch, Pair, run_kernel
 
 POISON = 0xA5
@@ -102,6 +103,8 @@ class SimulatedDevice(Controls):
         self.name = "simulated"
         self.maps_host_memory = True
         self.batches_copies = True
+        self.default_paths = CUDA_PATHS
+        self.needs_interpreter = False
         self.rates = rates
         self.is_capturing = False
         #: pieces of host memory that are registered
