@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from triton_offload.calibration import Path, PathTable
@@ -16,6 +17,8 @@ from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment
 from triton_offload.transfer.staging import IndexRing
+
+_log = logging.getLogger(__name__)
 
 # Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
 # is counted before it is known how many operations it needs.
@@ -37,8 +40,10 @@ class Job:
     `lane`: its name. `sequence`: its number among the lane's jobs. `compute`: what was queued on
     the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
     something of it may be queued. `start`: None where it could not be marked, and the job is not
-    timed. `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page
-    or a slot any more, `result` says how it ended, and it keeps neither ids nor events.
+    timed. `submitted`, `queue_seconds`: when (the device's clock), and how long it then waited
+    for its first segment. `by_path`: bytes of the segments queued whole. `queued`: all of it is
+    queued, or it has failed. `finished`: nothing of it touches a page or a slot any more, `result`
+    says how it ended, and it keeps neither ids nor events.
     """
 
     job_id: int
@@ -49,6 +54,9 @@ class Job:
     runs: list[GroupRun]
     compute: Event | None
     after: list[Job]
+    submitted: float | None
+    queue_seconds: float = 0.0
+    by_path: dict[str, int] = field(default_factory=dict)
     planned: Iterator[_Planned] | None = None
     held: _Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None
@@ -159,7 +167,15 @@ class Lane:
         self._sequence += 1
         num_bytes = sum(run.num_bytes for run in runs)
         job = Job(
-            job_id, self.direction, self.name, self._sequence, num_bytes, runs, compute, after
+            job_id,
+            self.direction,
+            self.name,
+            self._sequence,
+            num_bytes,
+            runs,
+            compute,
+            after,
+            self._now(),
         )
         self._backlog.append(job)
         return job
@@ -252,11 +268,11 @@ class Lane:
         segment = Segment(run, ids[0], ids[1], marks)
         error = self._try(job, segment, path)
         if error is not None and self.lost is None:
-            stands_in = self._abandon(path)
+            stands_in = self._abandon(path, error)
             if stands_in is not None:
                 error = self._try(job, segment, stands_in)
                 if error is not None and self.lost is None:
-                    self._abandon(stands_in)
+                    self._abandon(stands_in, error)
         if error is not None:
             job.error = error
         if self.lost is None:  # whichever try was the last, its end gives the ids back
@@ -266,6 +282,9 @@ class Lane:
     def _start(self, job: Job, path: Path) -> None:
         """The job's first segment is about to be queued."""
         job.started = True
+        now = self._now()
+        if job.submitted is not None and now is not None:
+            job.queue_seconds = now - job.submitted
         try:
             start = self._device.new_event(timed=True)
             self._device.record(start, self._first_stream(path))
@@ -277,6 +296,12 @@ class Lane:
         job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
         ends = [other.end for other in job.after if not other.finished and other.end is not None]
         job.slots = Gate(self._device, ends)
+
+    def _now(self) -> float | None:
+        try:
+            return self._device.monotonic()
+        except Exception:
+            return None  # no reason either
 
     def _first_stream(self, path: Path) -> Stream:
         """The stream that the first operation of a segment is queued on."""
@@ -301,15 +326,24 @@ class Lane:
                 self._fly(_InFlight(job, ends, ends[-1], num_ops=5))
             return error
         job.last = queued
+        job.by_path[path.value] = job.by_path.get(path.value, 0) + segment.run.num_bytes
         self._fly(_InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
         return None
 
-    def _abandon(self, path: Path) -> Path | None:
+    def _abandon(self, path: Path, error: Exception) -> Path | None:
         """A segment could not be queued by `path`: which one stands in for it, from now on."""
         stands_in = _FALLBACK[path]
         # Of staged and copy engine, each other's fallback, one is kept, for better times.
         if path is Path.ZERO_COPY or stands_in not in self._broken:
             self._broken.add(path)
+            _log.warning(
+                "the path %s of the lane %s could not be queued (%s): %s stands in for it from now "
+                "on, which may be slower; `triton-offload doctor` tries every path",
+                path.value,
+                self.name,
+                repr(error),  # a record that is kept keeps no frames
+                self._allowed(path).value,
+            )
         return None if stands_in in self._broken else stands_in
 
     def _end(self, job: Job) -> None:
@@ -426,7 +460,14 @@ class Lane:
             seconds = 0.0
             with suppress(Exception):  # the bytes have landed
                 seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
-            job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
+            job.result = TransferResult(
+                job.job_id,
+                TransferStatus.SUCCESS,
+                job.num_bytes,
+                seconds,
+                bytes_by_path=tuple(job.by_path.items()),
+                queue_seconds=job.queue_seconds,
+            )
         if job.error is not None:
             self.paths.distrust()
         self._doubt(job)

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from triton_offload.calibration import Path
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -122,6 +123,11 @@ class DeviceWorker(OffloadingWorker):
                 expedited=expedited,
                 stream=stream,
             )
+
+    @property
+    def broken_paths(self) -> frozenset[Path]:
+        """The paths that could not be queued, for which others stand in; none after `shutdown`."""
+        return self._pipeline.all_broken_paths
 
     def get_finished(self) -> list[TransferResult]:
         with self._lock:
