@@ -29,7 +29,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "breaks"
 #: what a copy needs
-PARTS = ("triton_offload", "kernels", "tests", "bench", "tools", "pyproject.toml", "README.md")
+PARTS = (
+    "triton_offload",
+    "kernels",
+    "tests",
+    "bench",
+    "examples",
+    "tools",
+    "pyproject.toml",
+    "README.md",
+)
 TIMEOUT_SECONDS = 180
 
 

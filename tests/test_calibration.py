@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer
 from gated import GatedDevice
-from logs import warned
+from logs import logged, warned
 from terminal import columns
 from typer.testing import CliRunner
 
@@ -253,7 +253,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 
 def test_where_there_is_no_file_there_is_no_warning(tmp_path):
-    assert load(tmp_path / "none.json", MACHINE) is None
+    with logged() as records:
+        assert load(tmp_path / "none.json", MACHINE) is None
+    assert records == []
 
 
 def edited(**changes) -> str:

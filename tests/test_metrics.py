@@ -42,14 +42,12 @@ def registry_of(offloaders) -> CollectorRegistry:
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
     """By the metric's name and the values of its labels, sorted by the labels' names."""
-    return {
-        (
-            sample.name.removeprefix("triton_offload_"),
-            *(v for _, v in sorted(sample.labels.items())),
-        ): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values = (value for _, value in sorted(sample.labels.items()))
+            found[sample.name.removeprefix("triton_offload_"), *values] = sample.value
+    return found
 
 
 def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:

@@ -226,15 +226,20 @@ def test_stats_say_why_the_pool_is_not_pinned(refused, said):
         assert (kv.stats().pinned, kv.stats().pin_error) == (False, said)
 
 
-def test_stats_name_the_paths_that_are_broken():
+@pytest.mark.parametrize("kernel", ["gather", "scatter"])
+def test_stats_name_the_paths_that_are_broken(kernel):
     device = SimulatedDevice(1)
     with offloader(device) as kv:
         kv._pool.wait_ready(60)
-        device.gather = None
+        setattr(device, kernel, None)
         kv.store([b"a"], [0]).wait()
-        assert kv.stats().broken_paths == ("staged",)
-        assert set(kv.stats().store.paths) == {"copy_engine"}
-        del device.gather
+        kv.load([b"a"], [1]).wait()
+        stats = kv.stats()
+        assert stats.broken_paths == ("staged",)
+        paths = {"gather": stats.store.paths, "scatter": stats.load.paths}
+        assert set(paths.pop(kernel)) == {"copy_engine"}
+        assert [set(each) for each in paths.values()] == [{"staged"}]
+        delattr(device, kernel)
     assert kv.stats().broken_paths == ()
 
 
