@@ -271,7 +271,8 @@ def test_a_narrow_terminal_cuts_nothing_of_a_replay(trace):
     assert names == without_spaces(
         *("prefix hit rate", "chunks referenced / hit", "chunks evicted", "stored", "loaded"),
         *("store GB/s", "load GB/s", "waits for transfers", "whole replay", "verified"),
-        *("chunks verified / wrong", "transfers failed"),
+        *("chunks verified / wrong", "transfers failed", "pool pinned"),
+        "paths replaced",
     )
     assert values.startswith("0.500012/60")
 
