@@ -114,12 +114,13 @@ def test_a_segment_counts_for_the_path_that_stood_in():
 
 def test_a_job_waits_from_its_submission_until_something_of_it_is_queued():
     device = SimulatedDevice(3)
-    world = PipelineWorld.build(device, path=Path.COPY_ENGINE, window_bytes=PAGE)
+    options = {"path": Path.COPY_ENGINE, "window_bytes": PAGE, "buffer_bytes": 4 * PAGE}
+    world = PipelineWorld.build(device, **options)
     now = [10.0]
     device.monotonic = lambda: now[0]
-    first = world.store(range(4), range(4))
-    behind = world.store(range(4, 8), range(4, 8))
-    assert (first.started, behind.started) == (True, False)
+    first = world.store(range(8), range(8))  # two segments, of which one fits the window
+    behind = world.store(range(8, 12), range(8, 12))
+    assert (first.started, first.queued, behind.started) == (True, False, False)
     now[0] = 12.5
     world.finish(first, behind)
     assert first.result.queue_seconds == 0.0
