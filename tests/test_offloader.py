@@ -234,7 +234,7 @@ def test_pages_are_released_before_the_bytes_have_landed(device, monkeypatch):
     copy = GatedDevice.copy
 
     def slow_copy(self, dst, src, stream):
-        stream.queue.put(lambda: landing.wait(60))
+        stream.put(lambda: landing.wait(60))
         copy(self, dst, src, stream)
 
     with KVOffloader(kv, "64KiB", path="staged") as offloader:

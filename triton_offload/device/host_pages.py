@@ -1,6 +1,8 @@
 """Gather and scatter of pages in CPU memory, in one pass where the ids allow it.
 
-torch has one fast indexed copy a direction: `index_select` with a strided output (rows at random
+Of few bytes, each tensor's are moved by one call of numpy on views that are made once for a table
+and the memory of its slots: a view by torch takes as long as the copy of a page, its indexed copies
+five times as long. Of many bytes, torch's threads are faster. torch has one fast indexed copy a direction: `index_select` with a strided output (rows at random
 to rows in order) and `index_copy_` from a strided source (the other way). Where the slots, or the
 blocks, are consecutive, one of them moves every page straight to its place. Where neither is, a
 slice of rows that stays in the cache goes through a temporary.
@@ -8,9 +10,14 @@ slice of rows that stays in the cache goes through a temporary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from math import gcd
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from triton_offload.kernels.table import PageRow, PageTable
@@ -20,6 +27,12 @@ from triton_offload.kernels.table import PageRow, PageTable
 # with 512 KiB (4 KiB pages), 0.5 with 1 MiB, 0.55 with 4 MiB. A memmove a page is slower still, at
 # any size of page. Calls that need no temporary are not cut.
 _SLICE_BYTES = 4 << 20
+
+# Up to so many bytes a tensor, a page is not cut into words, and no thread of torch's is woken.
+_SMALL_BYTES = 256 << 10
+
+# A table meets the pool's slots and those of a few staging buffers.
+_MAX_PLACES = 16
 
 _WORDS = (
     (16, torch.complex128),
@@ -41,6 +54,11 @@ def gather(
 
     `check` is called between two tensors; what it raises ends the work there.
     """
+    if _are_few(table, block_ids):
+        for rows, places, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
+            check()
+            places[chunks] = rows[blocks]
+        return
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
         check()
         _move(pages, blocks, places, chunks)
@@ -55,10 +73,100 @@ def scatter(
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
+    if _are_few(table, block_ids):
+        for rows, places, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
+            check()
+            rows[blocks] = places[chunks]
+        return
     for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
         check()
         _move(places, chunks, pages, blocks)
 
+
+# -- few bytes --
+
+_Numbers: TypeAlias = npt.NDArray[np.int64] | slice
+_Views: TypeAlias = npt.NDArray[Any]  # of one page an element
+
+
+class _Places(NamedTuple):
+    """One tensor's places in the slots of one piece of memory, which they do not own.
+
+    `steps`: how many places lie between two slots and between two positions (see `_rows_of`).
+    """
+
+    rows: _Views
+    steps: tuple[int, int]
+
+
+class _Plan:
+    """The views of a table: its pages, and their places in each memory of slots it has met."""
+
+    def __init__(self, table: PageTable) -> None:
+        self.pages = [
+            page.view.numpy().view(f"V{page.page_bytes}")[:, 0] for page in table.pages
+        ]
+        self.places: dict[tuple[int, int, int], list[_Places]] = {}
+
+
+_plans: WeakKeyDictionary[PageTable, _Plan] = WeakKeyDictionary()
+
+
+def _are_few(table: PageTable, block_ids: torch.Tensor) -> bool:
+    return len(block_ids) * table.bytes_per_block <= _SMALL_BYTES * len(table.pages)
+
+
+def _views(
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+) -> Iterator[tuple[_Views, _Views, _Numbers, _Numbers]]:
+    """Of each tensor its pages, its places, and the numbers of both that are to be moved."""
+    plan = _plans.get(table)
+    if plan is None:
+        plan = _plans[table] = _Plan(table)
+    memory = slots.data_ptr(), slots.shape[0], slots.stride(0)
+    places = plan.places.get(memory)
+    if places is None:
+        if len(plan.places) >= _MAX_PLACES:
+            plan.places.clear()
+        places = plan.places[memory] = [
+            _places_of(page, *memory, table.blocks_per_chunk) for page in table.pages
+        ]
+    blocks = _numbers(block_ids.numpy())
+    slot, position = slot_ids.numpy(), 0
+    if table.blocks_per_chunk > 1:
+        number = np.arange(first_block, first_block + len(block_ids))
+        chunk, position = np.divmod(number, table.blocks_per_chunk)
+        slot = slot[chunk]
+    numbered: dict[tuple[int, int], _Numbers] = {}  # places of many tensors have the same numbers
+    for rows, (there, steps) in zip(plan.pages, places, strict=True):
+        chunks = numbered.get(steps)
+        if chunks is None:
+            chunks = numbered[steps] = _numbers(slot * steps[0] + position * steps[1])
+        yield rows, there, blocks, chunks
+
+
+def _places_of(page: PageRow, address: int, num_slots: int, to_slot: int, span: int) -> _Places:
+    step = gcd(to_slot, page.pitch) if span > 1 else to_slot
+    num_rows = ((num_slots - 1) * to_slot + (span - 1) * page.pitch) // step + 1
+    num_bytes = (num_rows - 1) * step + page.page_bytes
+    memory = (ctypes.c_char * num_bytes).from_address(address + page.offset)
+    rows: _Views = np.ndarray((num_rows,), f"V{page.page_bytes}", memory, 0, (step,))
+    return _Places(rows, (to_slot // step, page.pitch // step))
+
+
+def _numbers(ids: npt.NDArray[np.int64]) -> _Numbers:
+    """Consecutive numbers as a slice, others as they are."""
+    first = int(ids[0])
+    if len(ids) == 1 or (int(ids[-1]) - first == len(ids) - 1 and (np.diff(ids) == 1).all()):
+        return slice(first, first + len(ids))
+    return ids
+
+
+# -- many --
 
 _Rows = torch.Tensor | slice
 _Operands = Iterator[tuple[torch.Tensor, torch.Tensor, _Rows, _Rows]]
