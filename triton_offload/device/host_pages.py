@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from math import gcd
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -55,13 +55,15 @@ def gather(
     `check` is called between two tensors; what it raises ends the work there.
     """
     if _are_few(table, block_ids):
-        for rows, places, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
-            check()
-            places[chunks] = rows[blocks]
+        for tensors, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
+            for pages, places in tensors:
+                check()
+                places[chunks] = pages[blocks]
         return
-    for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
-        check()
-        _move(pages, blocks, places, chunks)
+    with torch.inference_mode():
+        for rows, there, ids, to in _operands(table, block_ids, slots, slot_ids, first_block):
+            check()
+            _move(rows, ids, there, to)
 
 
 def scatter(
@@ -74,13 +76,15 @@ def scatter(
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
     if _are_few(table, block_ids):
-        for rows, places, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
-            check()
-            rows[blocks] = places[chunks]
+        for tensors, blocks, chunks in _views(table, block_ids, slots, slot_ids, first_block):
+            for pages, places in tensors:
+                check()
+                pages[blocks] = places[chunks]
         return
-    for pages, places, blocks, chunks in _operands(table, block_ids, slots, slot_ids, first_block):
-        check()
-        _move(places, chunks, pages, blocks)
+    with torch.inference_mode():
+        for rows, there, ids, to in _operands(table, block_ids, slots, slot_ids, first_block):
+            check()
+            _move(there, to, rows, ids)
 
 
 # -- few bytes --
@@ -89,24 +93,30 @@ _Numbers: TypeAlias = npt.NDArray[np.int64] | slice
 _Views: TypeAlias = npt.NDArray[Any]  # of one page an element
 
 
-class _Places(NamedTuple):
-    """One tensor's places in the slots of one piece of memory, which they do not own.
-
-    `steps`: how many places lie between two slots and between two positions (see `_rows_of`).
-    """
-
-    rows: _Views
-    steps: tuple[int, int]
+_Tensors: TypeAlias = list[tuple[_Views, _Views]]  # pages and places of each
 
 
 class _Plan:
-    """The views of a table: its pages, and their places in each memory of slots it has met."""
+    """The views of a table: its pages, and their places in each memory of slots that it has met,
+    which they do not own. Those of tensors whose places have the same numbers are together, by how
+    many places lie between two slots and between two positions (see `_rows_of`)."""
 
     def __init__(self, table: PageTable) -> None:
-        self.pages = [
-            page.view.numpy().view(f"V{page.page_bytes}")[:, 0] for page in table.pages
-        ]
-        self.places: dict[tuple[int, int, int], list[_Places]] = {}
+        self._pages = [page.view.numpy().view(f"V{page.page_bytes}")[:, 0] for page in table.pages]
+        self._places: dict[tuple[int, int, int], dict[tuple[int, int], _Tensors]] = {}
+
+    def tensors(self, table: PageTable, slots: torch.Tensor) -> dict[tuple[int, int], _Tensors]:
+        memory = slots.data_ptr(), slots.shape[0], slots.stride(0)
+        found = self._places.get(memory)
+        if found is None:
+            found = {}
+            for page, pages in zip(table.pages, self._pages, strict=True):
+                steps, places = _places_of(page, *memory, table.blocks_per_chunk)
+                found.setdefault(steps, []).append((pages, places))
+            if len(self._places) >= _MAX_PLACES:
+                self._places.clear()
+            self._places[memory] = found
+        return found
 
 
 _plans: WeakKeyDictionary[PageTable, _Plan] = WeakKeyDictionary()
@@ -122,47 +132,39 @@ def _views(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> Iterator[tuple[_Views, _Views, _Numbers, _Numbers]]:
-    """Of each tensor its pages, its places, and the numbers of both that are to be moved."""
+) -> Iterator[tuple[_Tensors, _Numbers, _Numbers]]:
+    """Views of tensors with the numbers of the pages and of the places that are to be moved."""
     plan = _plans.get(table)
     if plan is None:
         plan = _plans[table] = _Plan(table)
-    memory = slots.data_ptr(), slots.shape[0], slots.stride(0)
-    places = plan.places.get(memory)
-    if places is None:
-        if len(plan.places) >= _MAX_PLACES:
-            plan.places.clear()
-        places = plan.places[memory] = [
-            _places_of(page, *memory, table.blocks_per_chunk) for page in table.pages
-        ]
     blocks = _numbers(block_ids.numpy())
-    slot, position = slot_ids.numpy(), 0
+    slot: Any = slot_ids.numpy()
+    position: Any = 0
     if table.blocks_per_chunk > 1:
         number = np.arange(first_block, first_block + len(block_ids))
         chunk, position = np.divmod(number, table.blocks_per_chunk)
         slot = slot[chunk]
-    numbered: dict[tuple[int, int], _Numbers] = {}  # places of many tensors have the same numbers
-    for rows, (there, steps) in zip(plan.pages, places, strict=True):
-        chunks = numbered.get(steps)
-        if chunks is None:
-            chunks = numbered[steps] = _numbers(slot * steps[0] + position * steps[1])
-        yield rows, there, blocks, chunks
+    for (to_slot, to_position), tensors in plan.tensors(table, slots).items():
+        yield tensors, blocks, _numbers(slot * to_slot + position * to_position)
 
 
-def _places_of(page: PageRow, address: int, num_slots: int, to_slot: int, span: int) -> _Places:
-    step = gcd(to_slot, page.pitch) if span > 1 else to_slot
-    num_rows = ((num_slots - 1) * to_slot + (span - 1) * page.pitch) // step + 1
+def _places_of(
+    page: PageRow, address: int, num_slots: int, to_slot: int, span: int
+) -> tuple[tuple[int, int], _Views]:
+    to_position = page.pitch if span > 1 else 0
+    step = gcd(to_slot, to_position)
+    num_rows = ((num_slots - 1) * to_slot + (span - 1) * to_position) // step + 1
     num_bytes = (num_rows - 1) * step + page.page_bytes
     memory = (ctypes.c_char * num_bytes).from_address(address + page.offset)
     rows: _Views = np.ndarray((num_rows,), f"V{page.page_bytes}", memory, 0, (step,))
-    return _Places(rows, (to_slot // step, page.pitch // step))
+    return (to_slot // step, to_position // step), rows
 
 
 def _numbers(ids: npt.NDArray[np.int64]) -> _Numbers:
     """Consecutive numbers as a slice, others as they are."""
-    first = int(ids[0])
-    if len(ids) == 1 or (int(ids[-1]) - first == len(ids) - 1 and (np.diff(ids) == 1).all()):
-        return slice(first, first + len(ids))
+    first, count = int(ids[0]), len(ids)
+    if count == 1 or (ids[-1] - first == count - 1 and (ids[1:] - ids[:-1] == 1).all()):
+        return slice(first, first + count)
     return ids
 
 
