@@ -136,7 +136,9 @@ def test_each_memory_of_slots_has_places_of_its_own():
         slots.fill_(POISON)
         host_pages.gather(table, ids, slots[:, : table.slot_bytes], torch.tensor([0, 1]), 0)
         wanted = torch.full_like(slots, POISON)
-        wanted[:2, : table.slot_bytes] = torch.tensor([0, 1, 2], dtype=torch.uint8).repeat_interleave(8)
+        wanted[:2, : table.slot_bytes] = torch.tensor(
+            [0, 1, 2], dtype=torch.uint8
+        ).repeat_interleave(8)
         assert torch.equal(slots, wanted)
 
 
@@ -146,9 +148,7 @@ def test_slots_that_shrink_in_the_same_memory_are_seen_as_they_are_now():
     ids = torch.tensor([2])
     host_pages.gather(table, ids, memory, torch.tensor([3]), 0)
     with pytest.raises(IndexError, match="out of bounds"):
-        host_pages.gather(
-            table, torch.tensor([2, 1]), memory[:2], torch.tensor([3, 1]), 0
-        )
+        host_pages.gather(table, torch.tensor([2, 1]), memory[:2], torch.tensor([3, 1]), 0)
 
 
 def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory():
@@ -176,3 +176,8 @@ def test_what_is_kept_of_a_table_goes_with_it():
     gc.collect()
     assert gone() is None
     assert len(host_pages._plans) == before
+
+
+def test_numbers_whose_ends_fit_are_no_slice(by):
+    check((8,), 1, [1, 3, 2, 4], [0, 1, 2, 3], 0)
+    check((8,), 1, [0, 1, 2, 3], [2, 4, 3, 5], 0)

@@ -29,7 +29,6 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.process_lock import fork_number
 from triton_offload.specs import Ids
 
-
 # Handing over to a thread and being woken by it takes 0.1 ms on two cores of an EPYC, to move this
 # many bytes 0.2 ms.
 _INLINE_BYTES = 2 << 20

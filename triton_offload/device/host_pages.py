@@ -1,11 +1,13 @@
 """Gather and scatter of pages in CPU memory, in one pass where the ids allow it.
 
-Of few bytes, each tensor's are moved by one call of numpy on views that are made once for a table
-and the memory of its slots: a view by torch takes as long as the copy of a page, its indexed copies
-five times as long. Of many bytes, torch's threads are faster. torch has one fast indexed copy a direction: `index_select` with a strided output (rows at random
-to rows in order) and `index_copy_` from a strided source (the other way). Where the slots, or the
-blocks, are consecutive, one of them moves every page straight to its place. Where neither is, a
-slice of rows that stays in the cache goes through a temporary.
+Of few bytes, each tensor's are moved by one call of numpy, on views that are made once for a table
+and the memory of its slots: to make a view in torch takes as long as to copy a page, and an indexed
+copy five times as long.
+
+Of many, torch's threads are faster. It has one fast indexed copy a direction: `index_select` with a
+strided output (rows at random to rows in order) and `index_copy_` from a strided source (the other
+way). Where the slots, or the blocks, are consecutive, one of them moves every page straight to its
+place. Where neither is, a slice of rows that stays in the cache goes through a temporary.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ def _places_of(
     step = gcd(to_slot, to_position)
     num_rows = ((num_slots - 1) * to_slot + (span - 1) * to_position) // step + 1
     num_bytes = (num_rows - 1) * step + page.page_bytes
-    memory = (ctypes.c_char * num_bytes).from_address(address + page.offset)
+    memory: Any = (ctypes.c_char * num_bytes).from_address(address + page.offset)
     rows: _Views = np.ndarray((num_rows,), f"V{page.page_bytes}", memory, 0, (step,))
     return (to_slot // step, to_position // step), rows
 
