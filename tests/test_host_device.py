@@ -171,9 +171,11 @@ def test_what_is_queued_on_a_closed_stream_is_dropped_and_says_so(device):
     device.copy(target, torch.ones(4, dtype=torch.uint8), stream)
     event = recorded(device, stream)
     device.copy(target, torch.ones(4, dtype=torch.uint8), stream)
-    for each in (event, recorded(device, stream)):
+    later = recorded(device, stream)
+    stream.put(target.zero_)
+    for each in (event, later, recorded(device, stream)):
         with pytest.raises(RuntimeError, match="the stream was closed"):
-            device.synchronize(each, 60)
+            device.synchronize(each, 5)
     assert target.tolist() == [0] * 4
 
 

@@ -181,3 +181,18 @@ def test_what_is_kept_of_a_table_goes_with_it():
 def test_numbers_whose_ends_fit_are_no_slice(by):
     check((8,), 1, [1, 3, 2, 4], [0, 1, 2, 3], 0)
     check((8,), 1, [0, 1, 2, 3], [2, 4, 3, 5], 0)
+
+
+def test_pages_that_are_inference_tensors_are_written(by):
+    with torch.inference_mode():
+        cache = torch.zeros(4, 8, dtype=torch.uint8)
+    table = PageTable([cache], 1)
+    slots = torch.full((4, 8), 7, dtype=torch.uint8)
+    # One at a time and in no order, all ways that pages are written.
+    for blocks in ([1], [3, 0]):
+        host_pages.scatter(
+            table, torch.tensor(blocks), slots, torch.tensor([2, 0][: len(blocks)]), 0
+        )
+    assert cache[:, 0].tolist() == [7, 7, 0, 7]
+    host_pages.scatter(table, torch.tensor([2, 1]), slots, torch.tensor([0, 1]), 0)
+    assert cache[:, 0].tolist() == [7, 7, 7, 7]

@@ -64,7 +64,7 @@ class _Tasks:
 
     def put(self, work: _Work | Record, *, inline: bool) -> bool:
         """Queue it; or, where `inline` allows that and nothing is before it, do it: True then."""
-        if self._ended or self._forks != fork_number():  # or of a process that this is a fork of
+        if self._forks != fork_number():  # here is no thread, and the lock may be held for ever
             self._queue.put(work)
             self.drop()
             return False
@@ -96,11 +96,8 @@ class _Tasks:
         self.put(record, inline=False)
 
     def run(self) -> None:
-        # Caches of an engine may be inference tensors, which nobody may write outside of the mode;
-        # in it, others may be written too.
-        with torch.inference_mode():
-            while self._next(self._queue.get()):
-                pass
+        while self._next(self._queue.get()):
+            pass
         self._ended = True  # before: what is put from here on, whoever puts it drops
         self.drop()
 
@@ -333,7 +330,8 @@ class HostDevice(RealTime):
 
 
 def _in_mode(work: Callable[..., object], *arguments: object) -> None:
-    """On a submitter's thread as on a stream's."""
+    """Caches of an engine may be inference tensors, which nobody may write outside of the mode; in
+    it, others may be written too."""
     with torch.inference_mode():
         work(*arguments)
 
