@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import random_pages
 
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import reference
 from triton_offload.kernels.table import PageTable
 from triton_offload.testing import InjectedError, RaceError, SimulatedDevice, Stuck
@@ -170,7 +170,7 @@ def test_the_legacy_stream_synchronises_with_blocking_streams_only():
             assert (c == 1).all()
 
 
-def test_pieces_of_a_batch_are_in_no_order():
+def test_ranges_of_a_batch_are_in_no_order():
     last = set()
     for seed in SEEDS:
         device = SimulatedDevice(seed)

@@ -10,14 +10,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.calibration import PathChoice
 from triton_offload.cli.models import geometry
+from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.offloader import KVOffloader, PoolFullError
+from triton_offload.offloader import KVOffloader
+from triton_offload.scheduler.policies import PolicyChoice
 from triton_offload.sizes import format_bytes
 from triton_offload.specs import Ids
 
@@ -101,7 +105,7 @@ class ReplayReport:
     `requests`: how many were served; the replay is `partial` where they are not `requests_asked`.
     Seconds: `store_seconds` and `load_seconds` the sum over transfers from start to end,
     `waited_seconds` the host blocked for them, `seconds` the whole replay, content and
-    verification included.
+    verification included. `pinned`, `pin_error`, `broken_paths`: see `OffloadingStats`.
     """
 
     requests: int
@@ -121,6 +125,9 @@ class ReplayReport:
     failed_jobs: int
     seconds: float
     page_bytes: int
+    pinned: bool
+    pin_error: str | None
+    broken_paths: tuple[str, ...]
 
     @property
     def hit_rate(self) -> float:
@@ -287,8 +294,8 @@ class _Replay:
             self._cache.tensors,
             host_bytes=options.num_chunks * options.chunk_bytes,
             blocks_per_chunk=options.blocks_per_chunk,
-            policy=options.policy,
-            path=options.path,
+            policy=cast(PolicyChoice, options.policy),  # what the user typed is checked there
+            path=cast(PathChoice, options.path),
         ) as offloader:
             for number, ids in enumerate(self._requests):
                 if interrupted():
@@ -320,6 +327,9 @@ class _Replay:
             failed_jobs=stats.store.failed + stats.load.failed,
             seconds=time.perf_counter() - start,
             page_bytes=options.page_bytes,
+            pinned=stats.pinned,
+            pin_error=stats.pin_error,
+            broken_paths=stats.broken_paths,
         )
 
     def _serve(self, offloader: KVOffloader, number: int, ids: list[int]) -> None:

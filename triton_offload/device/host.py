@@ -21,10 +21,12 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from triton_offload.calibration import HOST_PATHS
 from triton_offload.device import host_pages
 from triton_offload.device.base import WHERE
 from triton_offload.device.realtime import RealTime
 from triton_offload.device.threads import OwnThread, on_own_thread
+from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable
 from triton_offload.process_lock import fork_number
 from triton_offload.specs import Ids
@@ -191,6 +193,8 @@ class HostDevice(RealTime):
         self.name = "host"
         self.maps_host_memory = True
         self.batches_copies = True
+        self.default_paths = HOST_PATHS
+        self.needs_interpreter = True  # its streams are Python threads
         self._condition = threading.Condition()
         self._inline_left = _INLINE_BYTES  # may run on submitters' threads until an event is asked
 
@@ -203,7 +207,7 @@ class HostDevice(RealTime):
         if stream is not None and not isinstance(stream, HostStream):
             raise ValueError(
                 "stream: expected None, or one that `new_stream` of the host device made (what a "
-                f"program computes on the CPU is done when it calls), got {stream!r}"
+                f"program computes on the CPU is done when it calls), got {shown(stream)}"
             )
 
     def capturing(self) -> bool:

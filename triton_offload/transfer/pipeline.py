@@ -18,6 +18,7 @@ The ordering rules that every transfer keeps; the code names them where it does:
 
 from __future__ import annotations
 
+import logging
 import threading
 import traceback
 from collections.abc import Iterable
@@ -25,16 +26,19 @@ from contextlib import ExitStack, suppress
 
 import numpy as np
 
-from triton_offload.calibration import CUDA_PATHS, HOST_PATHS, Path, PathTable
+from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import WHERE, Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.contents import SlotContents
-from triton_offload.transfer.lane import Job, Lane
+from triton_offload.transfer.job import Job
+from triton_offload.transfer.lane import Lane
+from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
-from triton_offload.transfer.paths import PathQueue
+
+_log = logging.getLogger(__name__)
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
@@ -69,7 +73,7 @@ class Pipeline:
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
         self._num_slots = pool.num_slots
-        table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
+        table = options.paths or self._device.default_paths
         if options.path is not None:
             table = PathTable(Path(options.path))
         buffer_bytes = max(
@@ -81,11 +85,12 @@ class Pipeline:
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in _LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
         self._lanes: dict[str, Lane] = {}  # those that are not closed
+        self._told_lost = False
         with ExitStack() as undo:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
             for name, direction in _LANES.items():
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
-                paths = PathQueue(
+                streams = LaneStreams(
                     self._device,
                     layout,
                     pool,
@@ -94,13 +99,13 @@ class Pipeline:
                     num_buffers=options.num_buffers,
                     buffer_bytes=buffer_bytes,
                 )
-                undo.callback(paths.close)
-                dropped.callback(paths.close)
+                undo.callback(streams.close)
+                dropped.callback(streams.close)
                 self._lanes[name] = Lane(
                     name,
                     direction,
                     self._device,
-                    paths,
+                    streams,
                     table,
                     blocks_per_chunk=layout.blocks_per_chunk,
                     max_indices=options.max_indices,
@@ -184,6 +189,10 @@ class Pipeline:
         deadline = None if timeout is None else self._device.monotonic() + timeout
         self._wait(job, deadline, timeout)
 
+    def monotonic(self) -> float:
+        """The clock that `wait` counts its timeout by."""
+        return self._device.monotonic()
+
     def _wait(self, job: Job, deadline: float | None, timeout: float | None) -> None:
         while True:
             with self._lock:
@@ -192,6 +201,15 @@ class Pipeline:
                     return
                 event = self._lanes[job.lane].next_event
             self._block(event, deadline, f"job {job.job_id} was not done within {timeout} s")
+
+    def wait_for_slots(self, slot_ids: Ids, *, writing: bool) -> None:
+        """Block until the jobs submitted so far that write these slots have ended, and where
+        `writing` those that read them too. Slots that the pool does not have are nobody's."""
+        known = slot_ids[(slot_ids >= 0) & (slot_ids < self._num_slots)]
+        with self._lock:
+            jobs = self._order_on_slots("store" if writing else "load", known)
+        for job in jobs:
+            self.wait(job)
 
     def released(self, job: Job) -> bool:
         """Whether the job's pages are the engine's again (ordering rule 3)."""
@@ -210,6 +228,12 @@ class Pipeline:
         """The paths that could not be queued in the job's lane, for which others stand in."""
         with self._lock:
             return self._lanes[job.lane].broken
+
+    @property
+    def all_broken_paths(self) -> frozenset[Path]:
+        """Those of any lane; none after `shutdown`."""
+        with self._lock:
+            return frozenset().union(*(lane.broken for lane in self._lanes.values()))
 
     def wait_on(self, job: Job, stream: Stream, timeout: float | None = None) -> None:
         """Let `stream` follow the job's release, without the host.
@@ -291,6 +315,15 @@ class Pipeline:
                 if job.error is not None:
                     _forget_frames(job.error)
             lane.finished.clear()
+            if lane.lost is not None and not self._told_lost:
+                self._told_lost = True
+                _log.warning(
+                    "the device was lost, as the lane %s found (%s): every transfer fails from now "
+                    "on; start a new process, where `triton-offload doctor` says whether the "
+                    "device works",
+                    name,
+                    repr(lane.lost),
+                )
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
         """Ordering rule 6: the jobs that must be done with these slots first.

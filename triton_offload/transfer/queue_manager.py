@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import reprlib
 from collections.abc import Iterable
@@ -11,7 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
 
-from triton_offload.calibration import Calibration, Path
+from triton_offload.calibration import Calibration, Path, PathChoice
+from triton_offload.kernels.arguments import shown
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.process_lock import ProcessLock
 from triton_offload.specs import (
@@ -21,19 +23,19 @@ from triton_offload.specs import (
     LoadStoreSpec,
     TransferResult,
 )
-from triton_offload.transfer.layout import CacheLayout
-from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
-from triton_offload.transfer.slot_order import SlotOrder
-from triton_offload.transfer.worker import (
-    DeviceWorker,
+from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.function_worker import (
     FunctionWorker,
-    OffloadingWorker,
     TransferFunction,
     check_function,
     check_num_threads,
-    deadline_after,
-    seconds_until,
 )
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.slot_order import SlotOrder
+from triton_offload.transfer.worker import OffloadingWorker, deadline_after, seconds_until
+
+_log = logging.getLogger(__name__)
 
 
 class OffloadingQueueManager:
@@ -156,6 +158,15 @@ class OffloadingQueueManager:
                 self._worker_of.pop(result.job_id, None)
         return results
 
+    @property
+    def broken_paths(self) -> tuple[str, ...]:
+        """The names of paths that a device's worker could not queue, for which others stand in;
+        none after `shutdown`."""
+        with self._lock:
+            workers = list(self._distinct)
+        broken = {p.value for w in workers if isinstance(w, DeviceWorker) for p in w.broken_paths}
+        return tuple(sorted(broken))
+
     def wait(self, job_ids: Iterable[SupportsIndex], timeout: float | None = None) -> None:
         """Block until these jobs have ended. Ids that are unknown or reported are ignored.
 
@@ -260,7 +271,7 @@ class OffloadingQueueManager:
 def transfer_queue(
     layout: CacheLayout,
     pool: HostPool,
-    path: str = "auto",
+    path: PathChoice = "auto",
     options: PipelineOptions | None = None,
     calibration: Calibration | None = None,
 ) -> OffloadingQueueManager:
@@ -272,9 +283,9 @@ def transfer_queue(
     """
     names = [choice.value for choice in Path]
     if path != "auto" and path not in names:
-        raise ValueError(f"path: expected one of {['auto', *names]}, got {path!r}")
+        raise ValueError(f"path: expected one of {['auto', *names]}, got {shown(path)}")
     if not isinstance(options, PipelineOptions | None):
-        raise TypeError(f"options: expected PipelineOptions, got {reprlib.repr(options)}")
+        raise TypeError(f"options: expected PipelineOptions, got {shown(options)}")
     if options is None:
         options = PipelineOptions(path=None if path == "auto" else Path(path))
         if calibration is not None:
@@ -284,6 +295,13 @@ def transfer_queue(
     if calibration is not None and options.paths is None:
         options = replace(options, paths=calibration.paths)
     pipeline = Pipeline(layout, pool, options)
+    if not pool.device.batches_copies:
+        _log.warning(
+            "%s takes no batches of copies: the path copy_engine is not to be had, and chunks of "
+            "many small runs are copied one by one; `triton-offload doctor` says what it needs "
+            "(on CUDA: pip install triton-offload[cuda])",
+            pool.device.name,
+        )
     manager = OffloadingQueueManager()
     store, load = DeviceWorker(pipeline, Direction.STORE), DeviceWorker(pipeline, Direction.LOAD)
     manager.register_worker(GPULoadStoreSpec, CPULoadStoreSpec, store)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
 from triton_offload.device import Device, device_for
+from triton_offload.kernels.arguments import shown
 from triton_offload.specs import Direction
+from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
-from triton_offload.tuning.calibration_file import Machine, cache_file, load, save
+from triton_offload.tuning.calibration_file import Machine, cache_file, load, read, save
 from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
 from triton_offload.tuning.machine import identify
 from triton_offload.tuning.rig import RIG_BYTES, Rig
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # steps done, of so many
 
@@ -28,13 +33,9 @@ Name = TypeVar("Name")
 
 PAGE_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 PAGES = (16, 256, 4096)
-# Of one job of small pages; cheapest first: less memory, or fewer CTAs that the model would miss.
+# Of one job of small pages; cheapest first.
 _SMALL_PAGE_BYTES = 16 << 10
 _BUFFER_BYTES = (4 << 20, 8 << 20, 16 << 20, 32 << 20)
-_SHAPES = {
-    Path.STAGED: (LaunchShape(8, 8), None, LaunchShape(32, 8), LaunchShape(32, 4)),
-    Path.ZERO_COPY: (None, LaunchShape(4, 16), LaunchShape(4, 32), LaunchShape(8, 32)),
-}
 _STEPS = len(PAGE_BYTES) + 2
 
 
@@ -49,13 +50,14 @@ def calibration_for(
     far from the best, is measured by `triton-offload calibrate` only. "off" takes the published
     figures. Else it is a file that `triton-offload calibrate --output` wrote, or the value itself.
 
-    A file that is broken, or of another machine, is ignored with a warning, and so is a failure to
-    measure or to keep the result. Raises ValueError where the chosen file does not exist.
+    A file that is broken, or of another machine, is ignored with a warning in the log. A failure to
+    measure, or to keep the result, is one too. Raises ValueError where the chosen file does not
+    exist.
     """
     if isinstance(choice, Calibration):
         return choice
     if not isinstance(choice, str | os.PathLike):
-        raise ValueError(f'calibration: expected "auto", "off" or a file, got {choice!r}')
+        raise ValueError(f'calibration: expected "auto", "off" or a file, got {shown(choice)}')
     default = default_calibration(device.type)
     if choice == "off":
         return default
@@ -71,7 +73,12 @@ def calibration_for(
         if found is None and device.type != "cpu":
             found = _measure_once(device, machine, file)
     except Exception as error:  # no memory left, no home to write to: no reason not to start
-        warnings.warn(f"this machine could not be calibrated: {error!r}", stacklevel=2)
+        _log.warning(
+            "this machine could not be calibrated: %s; published figures decide, which may be "
+            "slower: `triton-offload calibrate` tries again, `triton-offload doctor` says what "
+            "stands in the way",
+            repr(error),
+        )
         return default
     return found or default
 
@@ -131,12 +138,9 @@ def _by_shape(
         if not rig.takes(path):
             return ()
         pipelines: dict[LaunchShape | None, Pipeline] = {}
-        for shape in _SHAPES[path]:
-            launches = (
-                replace(default, staged=shape)
-                if path is Path.STAGED
-                else replace(default, zero_copy=shape)
-            )
+        for shape in CROSSINGS[path].launch_shapes:
+            launch: dict[str, Any] = {path.value: shape}
+            launches = replace(default, **launch)
             options = PipelineOptions(path=path)
             pipelines[shape] = rig.pipeline(options, device_for(device, launches))
         return _both_ways(rig, pipelines)
@@ -154,7 +158,9 @@ def _measure_once(device: torch.device, machine: Machine, file: pathlib.Path) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = load(file, machine)
+        found = None
+        with suppress(ValueError):  # which was told when it was first looked at
+            found = read(file, machine)
         if found is None:
             found = calibrate(device)
             save(file, machine, found)
