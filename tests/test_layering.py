@@ -19,7 +19,7 @@ LAYERS = [
     {"version", "process_lock", "closing", "specs", "sizes", "kernels.table"},
     {"vllm.versions", "cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
-    {"scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
+    {"medium", "scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
     {"transfer.options", "device.threads", "pool.memory_limits"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},

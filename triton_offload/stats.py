@@ -42,3 +42,5 @@ class OffloadingStats:
     num_chunks: int
     num_used: int
     num_pinned: int
+    imported: DirectionStats = DirectionStats()  # from media of the user's; bytes as these counted
+    exported: DirectionStats = DirectionStats()
