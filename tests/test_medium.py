@@ -413,7 +413,7 @@ def test_chunks_are_nobodys_after_their_job_and_each_is_for_one_way():
 
     def out(src: ChunkSpec, dst: Shelf) -> None:
         kept.extend(src.chunks)
-        assert not src.chunks[0].data.flags.writeable
+        assert src.chunks[0].data.readonly
         with pytest.raises(RuntimeError, match="export_chunks"):
             src.chunks[0].write(bytes(192))
 

@@ -40,11 +40,11 @@ class Chunk:
         self._writing = writing
 
     @property
-    def data(self) -> Bytes:
-        """Of an export: uint8 `[slot_bytes]`, read-only, zeros where no page of `blocks` lies.
+    def data(self) -> memoryview:
+        """Of an export: `slot_bytes` bytes, read-only, zeros where no page of `blocks` lies.
 
-        A whole chunk is a view of the pool, good until the job ends: copy what is to stay. Numpy's
-        arrays are buffers: `file.write(chunk.data)` and `zlib.crc32(chunk.data)` take them.
+        A whole chunk is a view of the pool, good until the job ends: copy what is to stay.
+        `file.write`, `zlib.crc32`, `numpy.frombuffer` take it as it is.
         """
         slot = self._bytes(writing=False)
         ranges = _page_ranges(self._table, self.blocks)
@@ -52,9 +52,7 @@ class Chunk:
             whole, slot = slot, np.zeros_like(slot)
             for begin, end in ranges:
                 slot[begin:end] = whole[begin:end]
-        view = slot.view()
-        view.flags.writeable = False
-        return view
+        return memoryview(slot).toreadonly()
 
     def write(self, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
         """Of an import: put the pages of `blocks` into the pool, from the `data` of an export.
