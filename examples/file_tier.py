@@ -6,7 +6,6 @@ Each chunk is a file: a header with the blocks that were written and a checksum,
 from __future__ import annotations
 
 import itertools
-import os
 import struct
 import sys
 import tempfile
@@ -53,19 +52,19 @@ def write_files(src: ChunkSpec, dst: FileSpec) -> int:
         # Not there under its name before all of it is.
         with tempfile.NamedTemporaryFile(dir=dst.folder, suffix=".new", delete=False) as file:
             file.write(_HEADER.pack(_MAGIC, chunk.blocks, zlib.crc32(data)) + data)
-        os.replace(file.name, dst.path(chunk.key))
+        Path(file.name).replace(dst.path(chunk.key))
     return sum(len(chunk.data) for chunk in new)
 
 
 def read_files(src: FileSpec, dst: ChunkSpec) -> int:
     """What it raises ends the job as failed, and none of its chunks can be loaded then."""
-    for chunk in dst.chunks:
-        content = src.path(chunk.key).read_bytes()
+    for path, chunk in ((src.path(chunk.key), chunk) for chunk in dst.chunks):
+        content = path.read_bytes()
         _, blocks, checksum = _HEADER.unpack_from(content)
         data = memoryview(content)[_HEADER.size :]
         if zlib.crc32(data) != checksum or chunk.blocks & ~blocks:
-            src.path(chunk.key).unlink(missing_ok=True)  # not to be found a second time
-            raise ValueError(f"{src.path(chunk.key)}: not what was written")
+            path.unlink(missing_ok=True)  # not to be found a second time
+            raise ValueError(f"{path}: not what was written")
         chunk.write(data)
     return sum(src.path(chunk.key).stat().st_size for chunk in dst.chunks)
 
@@ -95,12 +94,11 @@ class FileTier:
 
 
 def main() -> int:
-    pages = torch.randint(256, (4, 64, 4096), dtype=torch.uint8)  # of four tensors
-    keys, want = [b"document %d" % i for i in range(8)], pages[:, :31].clone()
-    room, ok = 8 * 4 * 4 * 4096, True  # for eight chunks of four blocks; the last of ours has three
+    pages = torch.randint(256, (4, 64, 4096), dtype=torch.uint8)  # four tensors
+    keys, want, ok = [b"document %d" % i for i in range(8)], pages[:, :31].clone(), True
     with tempfile.TemporaryDirectory() as folder:
         for run in ("before", "after a restart"):
-            with KVOffloader([*pages], room, blocks_per_chunk=4) as offloader:
+            with KVOffloader([*pages], "512KiB", blocks_per_chunk=4) as offloader:  # 8 chunks
                 tier = FileTier(offloader, Path(folder))
                 if run == "before":
                     offloader.store(keys, range(31)).wait()
@@ -111,8 +109,8 @@ def main() -> int:
                 tier.fetch(keys).wait()
                 pages.fill_(0xA5)
                 offloader.load(keys, range(63, 32, -1)).wait()
-                ok = ok and in_pool < in_all == 8 and torch.equal(pages[:, 33:].flip(1), want)
-                ok = ok and offloader.lookup(keys, num_blocks=32) == 7  # the last is partial
+                ok &= in_pool < in_all == 8 and torch.equal(pages[:, 33:].flip(1), want)
+                ok &= offloader.lookup(keys, num_blocks=32) == 7  # the last is partial
     print("every byte is as it was" if ok else "WRONG BYTES")
     return 0 if ok else 1
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -204,15 +205,17 @@ def test_nothing_is_handed_over_that_the_pool_holds_or_another_job_stores():
         medium.gate.clear()
         first = offloader.import_chunks([b"a"], shelf)
         second = offloader.import_chunks([b"a", b"b"], shelf)
+        third = offloader.import_chunks([b"a"], shelf)  # which moves nothing itself
         stored = offloader.store([b"a"], [0, 1])
         assert not second.done
+        assert not third.done
         assert not stored.done
         with pytest.raises(PendingKeyError):
             offloader.export_chunks([b"a"], shelf)
         with pytest.raises(PendingKeyError):
             offloader.load([b"a"], [0, 1])
         medium.gate.set()
-        for job in (first, second, stored):
+        for job in (first, second, third, stored):
             job.wait(60)
         assert [[chunk.key for chunk in spec.chunks] for spec in medium.calls] == [[b"a"], [b"b"]]
 
@@ -396,7 +399,7 @@ def test_a_function_that_closes_its_offloader_or_waits_for_itself_is_told():
         assert go.wait(60)
         for call in (jobs[0].wait, offloader.close):
             with pytest.raises(RuntimeError) as caught:
-                call()
+                call(1)
             errors.append(str(caught.value))
 
     with offloader_of(kv) as offloader:
@@ -525,6 +528,54 @@ def test_a_fork_is_told_at_once():
                     refused += 1
             os._exit(0 if refused == 3 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_that_store_load_export_import_and_reset_see_no_wrong_byte():
+    """A small pool, a content for each key, callers that do not wait for each other; then closed
+    while jobs are under way."""
+    kv, shelf = caches(), Shelf({})
+    want = [tensor.clone() for tensor in kv]
+    errors: list[BaseException] = []
+
+    def serve(offloader: KVOffloader, number: int) -> None:
+        rng, own = random.Random(number), [18 + 2 * number, 19 + 2 * number]
+        for _ in range(150):
+            i = rng.randrange(8)
+            key, blocks = b"%d" % i, [2 * i, 2 * i + 1]
+            with suppress(UnknownKeyError, PendingKeyError, PoolFullError):
+                match rng.choice(["store", "load", "export", "import", "import", "reset"]):
+                    case "store":
+                        offloader.store([key], blocks)
+                    case "load":
+                        offloader.load([key], own).wait(60)
+                        for tensor, right in zip(kv, want, strict=True):
+                            assert torch.equal(tensor[own], right[blocks])
+                    case "export":
+                        offloader.export_chunks([key], shelf)
+                    case "import" if (0, key) in shelf.kept:
+                        offloader.import_chunks([key], shelf)
+                    case "reset" if rng.random() < 0.2:
+                        offloader.reset()
+
+    def run(offloader: KVOffloader, number: int) -> None:
+        try:
+            serve(offloader, number)
+        except BaseException as error:
+            errors.append(error)
+
+    with offloader_of(kv, num_chunks=4, medium=Medium()) as offloader:
+        threads = [threading.Thread(target=run, args=(offloader, i)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not errors
+        offloader._check()
+    stats = offloader.stats()
+    assert min(stats.exported.jobs, stats.imported.jobs, stats.load.jobs) > 0
+    for (_, key), (_, data) in shelf.kept.items():
+        blocks = [2 * int(key), 2 * int(key) + 1]
+        assert data == b"".join(right[blocks].numpy().tobytes() for right in want)
 
 
 class Refusing(OffloadingWorker):
