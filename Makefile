@@ -17,24 +17,40 @@ OTHER_TRITON := 3.6.0
 OTHER_VLLM := 0.33.0
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check mutants soak bench bench-check bench-gpu clean
+.PHONY: demo quick test check deep mutants soak bench bench-check bench-gpu clean
+
+# A file of tests stays with one process; ids of tests are the same in every process.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 demo: $(STAMPS)/package $(STAMPS)/model
 	$(BIN)/python -m triton_offload.cli.demo
 
+# While one writes: no engine, nothing that takes long.
+quick: $(STAMPS)/package $(STAMPS)/dev
+	$(PYTEST) -m "not slow and not engine"
+
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
-	$(BIN)/python -m coverage run -m pytest
-	$(BIN)/python -m coverage report
-	$(BIN)/python bench/regression.py
+	$(PYTEST)
 
 check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-# Takes away one rule after another, and writes into tests/README.md how each is caught.
-mutants: $(STAMPS)/package
+# All that `test` has no time for, some hours: coverage, 100,000 schedules, every mutant and break,
+# long runs of threads and of the simulator, and the gate against slower code.
+deep: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm mutants
+	TRITON_OFFLOAD_SCHEDULES=100000 $(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
+	$(BIN)/python tests/stress.py $(SECONDS)
+	$(BIN)/python tests/soak.py $(SECONDS)
+	$(BIN)/python bench/regression.py
+
+# Takes away one rule after another, and writes into tests/README.md how each is caught; then breaks
+# one line after another, and fails where no test notices.
+mutants: $(STAMPS)/package $(STAMPS)/dev $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(BIN)/python tests/mutant_table.py
+	$(BIN)/python tests/breaks.py
 
 # What this machine can measure, about three minutes; bench/out/report.md says what it could not.
 bench: $(STAMPS)/package $(STAMPS)/dev
@@ -83,7 +99,9 @@ $(STAMPS)/vllm: $(STAMPS)/torch tools/requirements.py
 	fi
 	touch $@
 
+# A zip loses symlinks, and a checkout imports the kernels through one.
 $(STAMPS)/package: $(STAMPS)/vllm pyproject.toml
+	test -d triton_offload/kernels || ln -sfn ../kernels triton_offload/kernels
 	$(BIN)/python tools/requirements.py --package > $(STAMPS)/package.txt
 	$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/package.txt
 	$(PIP) install --quiet --no-deps -e .

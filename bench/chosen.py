@@ -33,7 +33,7 @@ NUM_REQUESTS = 600
 
 @contextmanager
 def planning(num_blocks: int, num_tensors: int) -> Iterator[Pair]:
-    """A store's plan; beside it three arrays with an entry a page: its address in the cache, in
+    """A store's plan; beside it three arrays with an entry per page: its address in the cache, in
     the slot, and its size."""
     page_bytes, limit = 64, 2 * num_blocks
     caches = [torch.empty(limit, page_bytes, dtype=torch.uint8) for _ in range(num_tensors)]

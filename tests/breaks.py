@@ -22,6 +22,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,19 @@ def _entry(entry: dict[str, object]) -> Break:
     return each
 
 
-def copy_with(each: Break, place: Path) -> None:
-    """A copy of the project with the break in it. Compiled files come along: they are valid as
-    long as their sources are as old as they say, all but the broken one."""
+def copy_project(place: Path) -> None:
+    """Compiled files come along: they are valid as long as their sources are as old as they say."""
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, place / part, symlinks=True)
         else:
             shutil.copy2(source, place / part)
-    file = place / each.file
-    file.write_text(each.broken(file.read_text()))
+
+
+def put(file: Path, text: str) -> None:
+    """Write a source, and forget what was compiled of it."""
+    file.write_text(text)
     for compiled in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
         compiled.unlink()
 
@@ -96,40 +99,42 @@ def run_in(place: Path, tests: tuple[str, ...]) -> int:
     os.chdir(place)
     import pytest
 
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests])
+    # What is imported already can't be rewritten, and need not be.
+    quiet = ("-x", "-q", "-p", "no:cacheprovider", "--no-header")
+    return pytest.main([*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
 
 
 @dataclass(slots=True)
 class Running:
     each: Break
     pid: int
-    place: tempfile.TemporaryDirectory[str]
-    output: Path
+    place: Path  # a copy of the project, for one break at a time
     since: float
 
+    @property
+    def output(self) -> Path:
+        return self.place.with_suffix(".output")
 
-def start(each: Break) -> Running:
-    place = tempfile.TemporaryDirectory(prefix="triton-offload-break-")
-    copy = Path(place.name) / "copy"
-    copy.mkdir()
-    copy_with(each, copy)
-    output = Path(place.name) / "output"
-    pid = os.fork()
-    if pid == 0:
+
+def start(each: Break, place: Path) -> Running:
+    put(place / each.file, each.broken((ROOT / each.file).read_text()))
+    running = Running(each, 0, place, time.monotonic())
+    running.pid = os.fork()
+    if running.pid == 0:
         status = 70
         try:
             os.setpgid(0, 0)
-            with output.open("wb") as stream:
+            with running.output.open("wb") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-            status = int(run_in(copy, each.caught_by))
+            status = int(run_in(place, each.caught_by))
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    return Running(each, pid, place, output, time.monotonic())
+    return running
 
 
 def verdict(status: int | None) -> tuple[bool, str]:
@@ -146,31 +151,46 @@ def verdict(status: int | None) -> tuple[bool, str]:
     return False, f"NOT RUN (pytest's status {code})"
 
 
+def preload(breaks: list[Break]) -> None:
+    """What takes seconds to import is imported once; nothing of the project itself."""
+    names = ["torch", "numpy", "triton", "hypothesis", "pytest", "rich", "typer"]
+    if any(each.file.startswith("triton_offload/vllm/") for each in breaks):
+        names.append("vllm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+
+
 def run(breaks: list[Break], jobs: int) -> Iterator[tuple[Break, bool, str, float, str]]:
     """(break, noticed, how, seconds, output) of each, as they end."""
-    # What takes seconds to import is imported once; nothing of the project itself.
-    for name in ("torch", "numpy", "triton", "pytest"):
-        if importlib.util.find_spec(name):
-            __import__(name)
-    waiting, running = list(reversed(breaks)), []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            running.append(start(waiting.pop()))
-        time.sleep(0.02)
-        for work in list(running):
-            pid, status = os.waitpid(work.pid, os.WNOHANG)
-            late = time.monotonic() - work.since > TIMEOUT_SECONDS
-            if pid == 0 and not late:
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(work.pid, signal.SIGKILL)  # what its tests left behind, too
-            if pid == 0:
-                os.waitpid(work.pid, 0)
-            noticed, how = verdict(None if pid == 0 else status)
-            output = work.output.read_text(errors="replace") if work.output.exists() else ""
-            running.remove(work)
-            work.place.cleanup()
-            yield work.each, noticed, how, time.monotonic() - work.since, output
+    preload(breaks)
+    waiting: list[Break] = list(reversed(breaks))
+    running: list[Running] = []
+    with tempfile.TemporaryDirectory(prefix="triton-offload-breaks-") as folder:
+        free = [Path(folder) / str(i) for i in range(min(jobs, len(breaks)))]
+        for place in free:
+            copy_project(place)
+        while waiting or running:
+            while waiting and free:
+                running.append(start(waiting.pop(), free.pop()))
+            time.sleep(0.01)
+            for work in list(running):
+                pid, status = os.waitpid(work.pid, os.WNOHANG)
+                late = time.monotonic() - work.since > TIMEOUT_SECONDS
+                if pid == 0 and not late:
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(work.pid, signal.SIGKILL)  # what its tests left behind, too
+                if pid == 0:
+                    os.waitpid(work.pid, 0)
+                noticed, how = verdict(None if pid == 0 else status)
+                output = work.output.read_text(errors="replace") if work.output.exists() else ""
+                put(work.place / work.each.file, (ROOT / work.each.file).read_text())
+                running.remove(work)
+                free.append(work.place)
+                yield work.each, noticed, how, time.monotonic() - work.since, output
 
 
 def main() -> int:

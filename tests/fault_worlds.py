@@ -42,7 +42,7 @@ WAITING = {"monotonic", "sleep"}
 PAGES = (16, 8, 9)  # bytes, of each tensor
 PADDED = (16, 8, 7)  # ... with bytes at the end that are not the group's
 GROUPS = ((0, 1), (2,))
-SPAN = 2  # blocks a chunk
+SPAN = 2  # blocks per chunk
 NUM_CHUNKS = 8  # of a group's source blocks
 NUM_SOURCE = SPAN * NUM_CHUNKS
 NUM_BLOCKS = 2 * NUM_SOURCE  # the rest is loaded into
@@ -301,7 +301,7 @@ class FaultWorld(ABC):
     def check_memory_freed(self) -> None:
         """Dropped, nothing keeps the rings, but for what the test itself kept."""
         pipeline = weakref.ref(self.pipeline)
-        assert not any(lane.paths._ring._buffers for lane in self.pipeline._lanes.values())
+        assert not any(lane.streams._ring._buffers for lane in self.pipeline._lanes.values())
         assert not any(lane._indices.capacity for lane in self.pipeline._lanes.values())
         self.jobs.clear()
         self.raised.clear()

@@ -377,6 +377,7 @@ class PoolWatch:
         # By slot: the keys whose bytes may be there, and whether its chunk was stored in parts.
         self._residue: list[set[bytes]] = [set() for _ in range(count)]
         self._in_parts = [False] * count
+        self._rows = world.offloader._pool.slots.numpy()  # which outlives the pool
         manager = world.offloader._manager
         self._prepare_store = manager.prepare_store
         manager.prepare_store = self._noted  # type: ignore[method-assign]
@@ -389,7 +390,7 @@ class PoolWatch:
         blocks of a chunk lie that a failed store was to add.
         """
         world, manager = self._world, self._world.offloader._manager
-        rows = world.offloader._pool.slots.numpy()
+        rows = self._rows
         ready = {slot: key for key, slot in manager._slot_of.items() if manager._loadable(key)}
         used = manager._orphans.slots | set(manager._slot_of.values())
         for slot, key in ready.items():

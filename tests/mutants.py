@@ -23,12 +23,16 @@ from triton_offload.specs import Direction
 from triton_offload.testing import SimulatedDevice, Stuck
 from triton_offload.transfer import ranges
 from triton_offload.transfer.contents import SlotContents
-from triton_offload.transfer.lane import Job, Lane
-from triton_offload.transfer.paths import PathQueue
+from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.endings import Endings
+from triton_offload.transfer.job import Job
+from triton_offload.transfer.lane import Lane
+from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.paths.base import Crossing
+from triton_offload.transfer.paths.staged import Staged
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 from triton_offload.transfer.staging import IndexRing
-from triton_offload.transfer.worker import DeviceWorker
 
 MOST_SEEDS = 50
 
@@ -154,13 +158,13 @@ def compute_is_recorded_when_the_job_starts():
 @mutant("2", scenarios.a_load_that_waits)
 def a_load_into_staging_waits_for_compute():
     def make(load):
-        def load_late(self, segment, pages, slots):
-            pages.hold(self.copies)
-            return load(self, segment, pages, slots)
+        def load_late(self, streams, segment, pages, slots):
+            pages.hold(streams.copies)
+            return load(self, streams, segment, pages, slots)
 
         return load_late
 
-    return _instead(PathQueue, "_load_staged", make)
+    return _instead(Staged, "load", make)
 
 
 # -- 3: whose the pages are --
@@ -184,13 +188,13 @@ def pages_are_released_with_the_first_segment():
 @mutant("3", serving("staged"))
 def the_release_is_recorded_before_the_gather():
     def make(queue):
-        def queue_early(self, path, segment, pages, slots):
-            early = self._record(self.kernels)
-            return replace(queue(self, path, segment, pages, slots), released=early)
+        def queue_early(self, streams, segment, pages, slots):
+            early = streams.record(streams.kernels)
+            return replace(queue(self, streams, segment, pages, slots), released=early)
 
         return queue_early
 
-    return _instead(PathQueue, "queue", make)
+    return _instead(Crossing, "queue", make)
 
 
 @mutant("3", serving("staged"))
@@ -218,7 +222,7 @@ def _without_waiting_for_buffers(*, on_copies: bool) -> Patch:
 
         return take_at_once
 
-    return _instead(PathQueue, "_take_buffer", make)
+    return _instead(LaneStreams, "take_buffer", make)
 
 
 @mutant("4", serving("staged"))
@@ -233,25 +237,25 @@ def a_load_refills_staging_at_once():
 
 def _buffers_freed_by_the_first_event(method: str) -> Patch:
     def make(queue):
-        def queue_and_free(self, segment, pages, slots):
-            queued = queue(self, segment, pages, slots)
-            ring = self._ring
+        def queue_and_free(self, streams, segment, pages, slots):
+            queued = queue(self, streams, segment, pages, slots)
+            ring = streams._ring
             ring._buffers[(ring.num_taken - 1) % len(ring._buffers)].free_after = queued.events[0]
             return queued
 
         return queue_and_free
 
-    return _instead(PathQueue, method, make)
+    return _instead(Staged, method, make)
 
 
 @mutant("4", serving("staged"))
 def staging_is_refilled_when_it_was_gathered():
-    return _buffers_freed_by_the_first_event("_store_staged")
+    return _buffers_freed_by_the_first_event("store")
 
 
 @mutant("4", serving("staged"))
 def staging_is_refilled_before_it_was_scattered():
-    return _buffers_freed_by_the_first_event("_load_staged")
+    return _buffers_freed_by_the_first_event("load")
 
 
 @mutant("4", scenarios.a_load_that_waits)
@@ -260,7 +264,7 @@ def lanes_share_a_staging_ring():
         def init_shared(self, *args, **kwargs):
             init(self, *args, **kwargs)
             for lane in self._lanes.values():
-                lane.paths._ring = self._lanes["load"].paths._ring
+                lane.streams._ring = self._lanes["load"].streams._ring
 
         return init_shared
 
@@ -284,24 +288,24 @@ class _Deaf:
 
 def _second_stage_does_not_wait(method: str, stream: str) -> Patch:
     def make(queue):
-        def queue_unordered(self, segment, pages, slots):
-            deaf = _Deaf(self._device, getattr(self, stream))
-            with patch.object(self, "_device", deaf):  # gates have a device of their own
-                return queue(self, segment, pages, slots)
+        def queue_unordered(self, streams, segment, pages, slots):
+            deaf = _Deaf(streams.device, getattr(streams, stream))
+            with patch.object(streams, "device", deaf):  # gates have a device of their own
+                return queue(self, streams, segment, pages, slots)
 
         return queue_unordered
 
-    return _instead(PathQueue, method, make)
+    return _instead(Staged, method, make)
 
 
 @mutant("segments: gather before copy", serving("staged"))
 def a_copy_does_not_wait_for_its_gather():
-    return _second_stage_does_not_wait("_store_staged", "copies")
+    return _second_stage_does_not_wait("store", "copies")
 
 
 @mutant("segments: copy before scatter", serving("staged"))
 def a_scatter_does_not_wait_for_its_copy():
-    return _second_stage_does_not_wait("_load_staged", "kernels")
+    return _second_stage_does_not_wait("load", "kernels")
 
 
 @mutant("4", serving("staged"))
@@ -331,11 +335,11 @@ def the_ring_of_ids_overruns_its_tail():
 def one_event_is_recorded_again_for_every_segment():
     def record(self, stream):
         events = self.__dict__.setdefault("_events", {})
-        event = events.setdefault(id(stream), self._device.new_event())
-        self._device.record(event, stream)
+        event = events.setdefault(id(stream), self.device.new_event())
+        self.device.record(event, stream)
         return event
 
-    return patch.object(PathQueue, "_record", record)
+    return patch.object(LaneStreams, "record", record)
 
 
 # -- 5: order of jobs --
@@ -357,9 +361,9 @@ def the_last_job_goes_first():
 @mutant("5", scenarios.two_stores_and_a_load)
 def paths_change_without_settling():
     def make(queue):
-        def queue_unsettled(self, job, piece):
+        def queue_unsettled(self, job, planned):
             self._last_path = None
-            return queue(self, job, piece)
+            return queue(self, job, planned)
 
         return queue_unsettled
 
@@ -441,10 +445,10 @@ def the_host_waits_for_a_staging_buffer():
     def take_buffer(self, stream):
         buffer = self._ring.take()
         if buffer.free_after is not None:
-            self._device.synchronize(buffer.free_after, None)
+            self.device.synchronize(buffer.free_after, None)
         return buffer
 
-    return patch.object(PathQueue, "_take_buffer", take_buffer)
+    return patch.object(LaneStreams, "take_buffer", take_buffer)
 
 
 @mutant("7", scenarios.nobody_calls)
@@ -493,14 +497,14 @@ def gaps_between_pages_are_not_cleared():
         return take_dirty
 
     def make_store(store):
-        def store_dirty(self, segment, pages, slots):
-            self._packed = segment.run.group.packed
-            return store(self, segment, pages, slots)
+        def store_dirty(self, streams, segment, pages, slots):
+            streams._packed = segment.run.group.packed
+            return store(self, streams, segment, pages, slots)
 
         return store_dirty
 
     return _together(
-        _instead(PathQueue, "_take_buffer", make), _instead(PathQueue, "_store_staged", make_store)
+        _instead(LaneStreams, "take_buffer", make), _instead(Staged, "store", make_store)
     )
 
 
@@ -528,10 +532,14 @@ def a_job_is_reported_when_it_is_queued():
 
 @mutant("9", serving("staged"))
 def the_end_of_a_job_is_recorded_on_the_other_stream():
-    def make(ends):
-        return lambda self, *args: not ends(self, *args)
+    def make(last_stream):
+        def other_stream(self):
+            kernels, copies = self.streams.kernels, self.streams.copies
+            return copies if last_stream(self) is kernels else kernels
 
-    return _instead(Lane, "_ends_on_kernels", make)
+        return other_stream
+
+    return _instead(Lane, "_last_stream", make)
 
 
 @mutant("9", serving("staged"))
@@ -572,14 +580,14 @@ def a_failed_job_is_reported_while_it_is_under_way():
 @mutant("9, a failed job", scenarios.fails_half_way)
 def a_failed_job_does_not_settle():
     def settle(self):
-        return (self._record(self.kernels), self._record(self.copies))
+        return (self.record(self.kernels), self.record(self.copies))
 
-    return patch.object(PathQueue, "settle", settle)
+    return patch.object(LaneStreams, "settle", settle)
 
 
 @mutant("9, a failed job", scenarios.fails_on_the_device)
 def a_failure_on_the_device_is_not_noticed():
-    is_over = Lane._is_over
+    is_over = Endings.is_over
 
     def deaf(self, event, job):
         error = job.error
@@ -587,7 +595,7 @@ def a_failure_on_the_device_is_not_noticed():
         job.error = error
         return over
 
-    return patch.object(Lane, "_is_over", deaf)
+    return patch.object(Endings, "is_over", deaf)
 
 
 @mutant("9, a cancelled job", serving("staged"))
@@ -666,7 +674,7 @@ def shutdown_leaves_the_feeder_running():
 
 @mutant("shutdown", scenarios.shutdown)
 def shutdown_leaves_streams_open():
-    return patch.object(PathQueue, "close", lambda self: None)
+    return patch.object(LaneStreams, "close", lambda self: None)
 
 
 @mutant("shutdown", scenarios.offloader)
@@ -757,7 +765,7 @@ def the_chunk_of_a_failed_store_is_loaded():
 
 @mutant("the seam: kernels reach registered memory only", scenarios.before_the_pool_is_pinned)
 def a_kernel_reaches_memory_that_is_not_pinned():
-    return patch.object(PathQueue, "reaches_pool", True)
+    return patch.object(LaneStreams, "reaches_pool", True)
 
 
 @mutant("the seam: sources of a batch in stream order", serving("copy engine"))

@@ -11,7 +11,7 @@ import torch
 from triton_offload.device.base import Device
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
-from triton_offload.transfer.lane import Job
+from triton_offload.transfer.job import Job
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 

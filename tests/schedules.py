@@ -15,10 +15,10 @@ from triton_offload.specs import Direction, Ids
 from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.serving import ServingEngine
+from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 from triton_offload.transfer.staging import IndexRing
-from triton_offload.transfer.worker import DeviceWorker
 
 MIN_OPERATIONS = 100
 MOST_STEPS = 5000  # far more than any schedule takes
@@ -124,11 +124,11 @@ class Rings:
 
     def restart(self) -> None:
         self._turns = [0] * len(self._lanes)
-        self._taken = [lane.paths._ring.num_taken for lane in self._lanes]
+        self._taken = [lane.streams._ring.num_taken for lane in self._lanes]
 
     def wraps(self) -> float:
         """Of the ring that was gone round least: of ids, and where all is staged, of buffers."""
-        taken = [lane.paths._ring.num_taken for lane in self._lanes]
+        taken = [lane.streams._ring.num_taken for lane in self._lanes]
         buffers = [(now - then) / NUM_BUFFERS for now, then in zip(taken, self._taken, strict=True)]
         return min([*self._turns, *buffers] if self._staged else self._turns)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from triton_offload import KVOffloader
+from triton_offload.device import threads
 from triton_offload.device.realtime import BackgroundThread, RealTime
 from triton_offload.device.threads import OwnThread, _running, on_own_thread
 from triton_offload.testing import SimulatedDevice
@@ -184,3 +185,21 @@ def test_an_offloader_that_is_dropped_ends_its_transfers_and_frees_all(path):
     with open("/proc/self/maps") as lines:
         ranges = [line.split()[0].split("-") for line in lines]
     assert not any(int(begin, 16) <= start < int(end, 16) for begin, end in ranges)
+
+
+def test_at_exit_every_thread_is_told_and_waited_for(monkeypatch):
+    monkeypatch.setattr(threads, "_running", set())
+    ended = []
+
+    def start(told: threading.Event) -> OwnThread:
+        def work() -> None:
+            was_told = told.wait(5)
+            time.sleep(0.05)  # the operation that it is in
+            ended.append(was_told)
+
+        return OwnThread("test", work, told.set)
+
+    kept = [start(threading.Event()) for _ in range(2)]
+    threads._end_all()
+    assert ended == [True, True]
+    assert not any(each.is_alive() for each in kept)

@@ -49,3 +49,29 @@ def test_each_break_names_a_file_of_the_project():
     files = {each.file for each in BREAKS}
     assert all(name.startswith(("triton_offload/", "kernels/")) for name in files)
     assert all(Path(ROOT / name).is_file() for name in files)
+
+
+def statements(file: Path) -> int:
+    """How many statements the file's functions have: declarations and docstrings are none."""
+    functions = [
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return sum(
+        not (isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant))
+        for function in functions
+        for inner in function.body
+    )
+
+
+def sources() -> list[str]:
+    files = [*(ROOT / "triton_offload").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    names = {str(file.relative_to(ROOT)) for file in files}
+    return sorted(name for name in names if not name.startswith("triton_offload/kernels/"))
+
+
+@pytest.mark.parametrize("name", sources())
+def test_every_source_file_has_breaks_of_its_own(name):
+    count = sum(each.file == name and not each.equivalent for each in BREAKS)
+    assert count >= min(5, statements(ROOT / name))

@@ -14,8 +14,8 @@ from triton_offload.device.base import DeviceLostError
 from triton_offload.offloader import PoolFullError
 from triton_offload.specs import CPULoadStoreSpec, Direction, LoadStoreSpec
 from triton_offload.testing import InjectedError
+from triton_offload.transfer.function_worker import FunctionWorker
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
-from triton_offload.transfer.worker import FunctionWorker
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -84,7 +84,7 @@ def test_staging_that_could_not_be_cleared_is_cleared_again():
     world = begun("queue manager", 1, Path.STAGED)
     lane = world.pipeline._lanes["store"]
     world.injected = InjectedError("injected: fill_zero failed")
-    lane.paths.distrust()
+    lane.streams.distrust()
     world.device.faults.in_run("fill_zero", 1, error=world.injected)
     world.store(1, [2])
     world.finish()

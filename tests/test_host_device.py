@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from triton_offload import KVOffloader
+from triton_offload.calibration import default_calibration
 from triton_offload.device import device_for
 from triton_offload.device.host import HostDevice
 from triton_offload.device.threads import _running
@@ -180,7 +181,7 @@ def test_a_stream_told_to_end_drops_what_is_queued_and_the_rest_of_a_batch(devic
     source, target = torch.ones(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
 
     class Sizes:
-        """Of a batch; its stream is told to end between the first piece and the second."""
+        """Of a batch; its stream is told to end between the first range and the second."""
 
         def tolist(self):
             yield 1
@@ -289,7 +290,7 @@ def test_a_cpu_gets_the_host_device():
 def test_all_of_it_works_where_tensors_are_made_otherwise(mode, path):
     with mode():
         caches = [
-            torch.arange(64 * size, device="cpu").to(torch.int16).view(64, size) for size in (24, 7)
+            torch.arange(64 * size, device="cpu").to(torch.uint8).view(64, size) for size in (24, 7)
         ]
         offloader = KVOffloader(caches, "1MiB", blocks_per_chunk=2, path=path)
         offloader.store([b"%d" % i for i in range(6)], range(12)).wait(60)
@@ -310,3 +311,11 @@ def test_buffers_are_the_host_s_and_can_be_written_in_any_mode(device):
         assert buffer.device.type == "cpu"
         assert not buffer.is_inference()
         buffer.zero_()
+
+
+def test_a_card_launches_as_its_calibration_says(monkeypatch):
+    made = []
+    monkeypatch.setattr("triton_offload.device.cuda.CUDADevice", lambda *a: made.append(a) or a)
+    card, calibration = torch.device("cuda", 1), default_calibration("cuda")
+    assert device_for(card, calibration) == (card, calibration)
+    assert made == [(card, calibration)]

@@ -433,12 +433,15 @@ def test_slots_that_are_no_tensor_are_refused(launches: Launches, slots: Any) ->
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KernelConfig(0, 1024, 1), "warps: expected at least 1, got 0"),
+        (lambda: KernelConfig(0, 1024, 1), "warps: expected an integer of at least 1, got 0"),
         (lambda: KernelConfig(6, 1024, 1), "warps: expected a power of two, got 6"),
         (lambda: KernelConfig(4.0, 1024, 1), "warps: expected an integer"),
-        (lambda: KernelConfig(4, 512, 1), "tile_bytes: expected at least 1024, got 512"),
+        (lambda: KernelConfig(4, 512, 1), "tile_bytes: expected .* at least 1024, got 512"),
+            lambda: KernelConfig(4, 512, 1),
+            "tile_bytes: expected an integer of at least 1024, got 512",
+        ),
         (lambda: KernelConfig(4, 1536, 1), "tile_bytes: expected a power of two, got 1536"),
-        (lambda: KernelConfig(4, 1024, 0), "programs: expected at least 1, got 0"),
+        (lambda: KernelConfig(4, 1024, 0), "programs: expected an integer of at least 1, got 0"),
         (lambda: KernelConfig(4, 1024, 1.5), r"programs: expected an integer .* got 1\.5"),
         (lambda: choose_config(zero_copy=True, backend="rocm"), "backend: .*got 'rocm'"),
     ],

@@ -11,7 +11,7 @@ from triton_offload.calibration import Path
 from triton_offload.device.base import DeviceLostError
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
-from triton_offload.transfer.paths import Gate
+from triton_offload.transfer.segment import Gate
 
 paths = pytest.mark.parametrize("path", Path, ids=lambda path: path.value)
 WORK = ("gather", "scatter", "copy", "copy_batch", "fill_zero")
@@ -92,7 +92,7 @@ def test_settling_orders_each_stream_behind_the_other():
     for seed in range(5):
         with SimulatedDevice(seed) as device:
             world = PipelineWorld.build(device)
-            paths = world.pipeline._lanes["store"].paths
+            paths = world.pipeline._lanes["store"].streams
             buffers = [device.empty(8) for _ in range(2)]
             streams = [paths.kernels, paths.copies]
             for stream, buffer in zip(streams, buffers, strict=True):
@@ -227,7 +227,7 @@ def lose_at_the_next_job(lane) -> None:
     def fail(*args):
         raise InjectedError("injected: nothing can be queued")
 
-    lane.paths.queue = lane.paths.settle = fail
+    lane.paths.queue = lane.streams.settle = fail
 
 
 def test_what_was_queued_before_a_lane_was_lost_has_ended_well_and_is_reported_first():

@@ -269,7 +269,7 @@ def test_a_group_without_blocks_has_no_run():
         (STORE, ([1, -2], [1, 1]), [0, 1], r"block_ids: .*got -2"),
         (STORE, ([1], [1, 0]), [4], r"slot_ids: expected ids in \[0, 4\), got 4"),
         (STORE, ([1, 2], [1, 1]), [3, 3], "slot_ids: .*once, got 3 2 times"),
-        (STORE, ([1] * 5, [5, 0]), [0], "slot_ids: expected 2 slots .*4 blocks a chunk, got 1"),
+        (STORE, ([1] * 5, [5, 0]), [0], "slot_ids: expected 2 slots .*4 blocks per chunk, got 1"),
         (STORE, ([1] * 4, [4, 0], [1, 0]), [0], "slot_ids: expected 2 slots .*got 1"),
         (STORE, ([1] * 4, [4, 0]), [0, 1], "slot_ids: expected 1 slots .*got 2"),
         (STORE, ([1, 1], [1, 1]), [0], "slot_ids: expected 2 slots .*got 1"),
@@ -306,7 +306,7 @@ def test_what_is_only_read_may_repeat():
 
 @pytest.mark.parametrize("num_blocks", range(1, 14))
 @pytest.mark.parametrize("first", range(4))
-def test_pieces_of_a_run_are_the_run(num_blocks, first):
+def test_parts_of_a_run_are_the_run(num_blocks, first):
     layout = CacheLayout(caches(8, num_blocks=16), 4)
     chunks = -(-(first + num_blocks) // 4)
     fresh = [i % 2 == 0 for i in range(chunks)]
@@ -314,19 +314,19 @@ def test_pieces_of_a_run_are_the_run(num_blocks, first):
     (run,) = layout.plan(STORE, spec, CPULoadStoreSpec(range(10, 10 + chunks), fresh), 20)
     wanted = [(i, 10 + (first + i) // 4, (first + i) % 4) for i in range(num_blocks)]
     for most in range(1, chunks + 2):
-        pieces = list(run.split(most))
-        assert all(1 <= len(piece.slot_ids) <= most for piece in pieces)
-        assert [len(piece.slot_ids) for piece in pieces[:-1]] == [most] * (len(pieces) - 1)
+        parts = list(run.split(most))
+        assert all(1 <= len(part.slot_ids) <= most for part in parts)
+        assert [len(part.slot_ids) for part in parts[:-1]] == [most] * (len(parts) - 1)
         found = [
-            (int(block), int(piece.slot_ids[(piece.first + i) // 4]), (piece.first + i) % 4)
-            for piece in pieces
-            for i, block in enumerate(piece.block_ids)
+            (int(block), int(part.slot_ids[(part.first + i) // 4]), (part.first + i) % 4)
+            for part in parts
+            for i, block in enumerate(part.block_ids)
         ]
         assert found == wanted
-        assert [bool(flag) for piece in pieces for flag in piece.fresh] == fresh
-        for piece in pieces:
-            live = [piece.blocks_of_chunk(chunk) for chunk in range(len(piece.slot_ids))]
-            assert sum(end - begin for begin, end in live) == len(piece.block_ids)
-            assert live[0][0] == piece.first
+        assert [bool(flag) for part in parts for flag in part.fresh] == fresh
+        for part in parts:
+            live = [part.blocks_of_chunk(chunk) for chunk in range(len(part.slot_ids))]
+            assert sum(end - begin for begin, end in live) == len(part.block_ids)
+            assert live[0][0] == part.first
             incomplete = [chunk for chunk, span in enumerate(live) if span != (0, 4)]
-            assert piece.partial_chunks() == incomplete
+            assert part.partial_chunks() == incomplete

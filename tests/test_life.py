@@ -88,7 +88,7 @@ def test_what_is_dropped_is_freed_where_warnings_are_errors(monkeypatch):
     offloader.store([b"a"], [1])
     del offloader
     gc.collect()
-    wait_for(lambda: our_threads() == before)
+    wait_for(lambda: our_threads() == before, 20)
     assert [type(error) for error in failures] == [ResourceWarning]
 
 

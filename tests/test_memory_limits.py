@@ -81,7 +81,7 @@ def test_the_older_kind_of_groups(machine):
     machine.write({"proc/self/cgroup": lines})
     machine.write(v1("job/", 6, 5, active_file=9, total_active_file=1, total_inactive_file=1))
     machine.write(v1("", 2**33, 7))  # without a bound, as the kernel writes it
-    machine.write(v2("x/", 1, 1))  # not of memory
+    machine.write(v1("x/", 1, 1))  # of memory, but not its own
     assert machine.free() == 3 * GIB
 
 

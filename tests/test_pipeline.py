@@ -346,7 +346,7 @@ def test_a_step_of_the_shutdown_that_fails_keeps_no_other_from_being_taken(step,
     pipeline, lane = world.pipeline, world.pipeline._lanes["load"]
     owner, name = {
         "feeder": (pipeline._feeder, "stop"),
-        "rings": (lane.paths._ring, "close"),
+        "rings": (lane.streams._ring, "close"),
         "ids": (lane._indices, "close"),
         "lane": (lane, "close"),
     }[step]
@@ -367,7 +367,7 @@ def test_a_step_of_the_shutdown_that_fails_keeps_no_other_from_being_taken(step,
     elif step in ("feeder", "lane"):
         setattr(owner, name, fail)
     else:
-        lane.paths._ring.close = fail
+        lane.streams._ring.close = fail
     memory = _memory_of(pipeline)
     for _ in range(times):
         with pytest.raises(InjectedError, match=step):
@@ -457,8 +457,8 @@ def _memory_of(pipeline: Pipeline) -> list[StorageWeakRef]:
     """All staging memory, and that of ids."""
     tensors = []
     for lane in pipeline._lanes.values():
-        tensors += [buffer.memory for buffer in lane.paths._ring._buffers]
-        tensors += [lane.paths._zeros, lane.paths._places, lane._indices._memory]
+        tensors += [buffer.memory for buffer in lane.streams._ring._buffers]
+        tensors += [lane.streams._zeros, lane.streams._places, lane._indices._memory]
     return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
 
 
@@ -528,7 +528,7 @@ def test_a_pipeline_that_is_dropped_is_no_circle():
     world.close()
     alive = [weakref.ref(world.pipeline)]
     for lane in lanes:
-        alive += [weakref.ref(lane), weakref.ref(lane.paths)]
+        alive += [weakref.ref(lane), weakref.ref(lane.streams)]
     lanes.clear()
     del lane
     world.pipeline._feeder._step = None  # the device's

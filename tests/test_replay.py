@@ -81,8 +81,8 @@ def test_host_bytes_are_those_of_the_full_model():
 def test_one_flipped_bit_of_a_stored_chunk_is_seen(monkeypatch, offset):
     gather = host_pages.gather
 
-    def flip(table, block_ids, slots, slot_ids, first_block):
-        gather(table, block_ids, slots, slot_ids, first_block)
+    def flip(table, block_ids, slots, slot_ids, first_block, *rest):
+        gather(table, block_ids, slots, slot_ids, first_block, *rest)
         slots[int(slot_ids[-1]), offset] ^= 64
 
     monkeypatch.setattr(host_pages, "gather", flip)
@@ -93,7 +93,7 @@ def test_one_flipped_bit_of_a_stored_chunk_is_seen(monkeypatch, offset):
 def test_pages_in_each_others_place_are_seen(monkeypatch):
     scatter = host_pages.scatter
 
-    def swap(table, block_ids, slots, slot_ids, first_block):
+    def swap(table, block_ids, slots, slot_ids, first_block, *rest):
         scatter(table, block_ids.flip(0), slots, slot_ids, first_block)
 
     monkeypatch.setattr(host_pages, "scatter", swap)
@@ -104,8 +104,8 @@ def test_pages_in_each_others_place_are_seen(monkeypatch):
 def test_layers_in_each_others_place_are_seen(monkeypatch):
     scatter = host_pages.scatter
 
-    def swap(table, block_ids, slots, slot_ids, first_block):
-        scatter(table, block_ids, slots, slot_ids, first_block)
+    def swap(table, block_ids, slots, slot_ids, first_block, *rest):
+        scatter(table, block_ids, slots, slot_ids, first_block, *rest)
         one, other = table.pages[3].view, table.pages[4].view
         kept = one[block_ids].clone()
         one[block_ids] = other[block_ids]
@@ -118,8 +118,8 @@ def test_layers_in_each_others_place_are_seen(monkeypatch):
 def test_words_of_a_page_in_each_others_place_are_seen(monkeypatch):
     scatter = host_pages.scatter
 
-    def roll(table, block_ids, slots, slot_ids, first_block):
-        scatter(table, block_ids, slots, slot_ids, first_block)
+    def roll(table, block_ids, slots, slot_ids, first_block, *rest):
+        scatter(table, block_ids, slots, slot_ids, first_block, *rest)
         page = table.pages[0].view
         page[block_ids] = page[block_ids].roll(8, dims=1)
 
@@ -148,9 +148,9 @@ def test_a_failed_load_is_counted_and_its_chunks_are_wrong(monkeypatch):
 def test_a_wrong_byte_is_seen(monkeypatch):
     scatter = host_pages.scatter
 
-    def flip(table, block_ids, slots, slot_ids, first_block):
+    def flip(table, block_ids, slots, slot_ids, first_block, *rest):
         slots[int(slot_ids[0]), 5] ^= 1
-        scatter(table, block_ids, slots, slot_ids, first_block)
+        scatter(table, block_ids, slots, slot_ids, first_block, *rest)
 
     monkeypatch.setattr(host_pages, "scatter", flip)
     report = replay([[1, 2], [1, 2]], SMALL)

@@ -170,7 +170,7 @@ def test_the_legacy_stream_synchronises_with_blocking_streams_only():
             assert (c == 1).all()
 
 
-def test_pieces_of_a_batch_are_in_no_order():
+def test_ranges_of_a_batch_are_in_no_order():
     last = set()
     for seed in SEEDS:
         device = SimulatedDevice(seed)

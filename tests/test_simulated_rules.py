@@ -423,7 +423,7 @@ def addresses(*tensors: torch.Tensor) -> np.ndarray:
     return np.array([tensor.data_ptr() for tensor in tensors])
 
 
-def test_a_batch_touches_every_byte_of_its_pieces():
+def test_a_batch_touches_every_byte_of_its_ranges():
     device = SimulatedDevice(0)
     host, out = pinned(device, 32), device.empty(32)
     to, source = addresses(out, out[16:]), addresses(host[16:], host)

@@ -363,7 +363,7 @@ def test_a_fresh_slot_of_more_than_a_mebibyte_is_cleared_to_its_end(path, more):
 
 
 def test_scattered_slots_of_more_than_a_slice_are_cut(monkeypatch):
-    for module in ("ranges", "paths"):
+    for module in ("ranges", "lane_streams"):
         monkeypatch.setattr(f"triton_offload.transfer.{module}.SLICE_BYTES", 100)
     world = World.build(
         [random_pages(8, 64, 64, 0, 5), random_pages(8, 48, 48, 0, 6)],

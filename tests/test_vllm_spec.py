@@ -47,7 +47,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 _OTHER_VLLM = Path(sys.prefix) / "vllm-0.33"
-_B = 3  # blocks a chunk
+_B = 3  # blocks per chunk
 _PAGES = (192, 256, 64)  # padded page bytes of the three tensors
 # Both groups lie over tensor 0; group 0 uses 200 of the 256 bytes of tensor 1's page.
 _GROUPS = (((0, 192), (1, 200)), ((0, 192), (2, 64)))

@@ -22,9 +22,11 @@ from triton_offload.specs import (
     TransferStatus,
 )
 from triton_offload.transfer import worker as worker_module
+from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.function_worker import FunctionWorker
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
-from triton_offload.transfer.worker import DeviceWorker, FunctionWorker, OffloadingWorker
+from triton_offload.transfer.worker import OffloadingWorker
 
 
 class Disk(LoadStoreSpec):
@@ -117,7 +119,7 @@ def test_a_function_that_returns_false_has_failed(manager, returned):
         *[-1, np.int64(-1), 1.0, np.float32(2), "8", b"8", [], (1,), torch.tensor(8), object()],
         *[np.timedelta64(1, "s"), torch.tensor(False), float("nan"), np.array([1])],
     ],
-    ids=repr,
+    ids=lambda returned: repr(returned).partition(" at ")[0],
 )
 def test_anything_else_is_a_type_error_in_the_result(manager, returned):
     answers = [8, returned]
@@ -945,3 +947,24 @@ def test_a_path_that_is_none_is_refused(world, bad):
         transfer_queue(world.layout, world.pool, path=bad)
     with pytest.raises(ValueError, match="path: expected it in `options`"):
         transfer_queue(world.layout, world.pool, path="staged", options=PipelineOptions())
+
+
+def test_of_several_jobs_a_function_takes_back_none_together_and_one_alone(manager):
+    running, go = threading.Event(), threading.Event()
+
+    def hold(src, dst):
+        running.set()
+        assert go.wait(60)
+
+    manager.register_worker(Disk, Disk, hold)
+    first, *waiting = (manager.transfer_async(Disk(), Disk()) for _ in range(3))
+    try:
+        assert running.wait(60)
+        assert not manager.cancel_together([first])
+        assert not manager.cancel_together(waiting)
+        assert manager.cancel_together(waiting[:1])
+    finally:
+        go.set()
+    results = {result.job_id: result.status for result in finish(manager, first, *waiting)}
+    assert results[first] is results[waiting[1]] is TransferStatus.SUCCESS
+    assert results[waiting[0]] is TransferStatus.CANCELLED

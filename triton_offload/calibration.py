@@ -18,7 +18,7 @@ class Path(Enum):
 
     STAGED = "staged"  # a kernel gathers into a staging buffer, the copy engine moves that
     ZERO_COPY = "zero_copy"  # a kernel reads or writes mapped host memory
-    COPY_ENGINE = "copy_engine"  # the copy engine alone, a piece for every run of pages
+    COPY_ENGINE = "copy_engine"  # the copy engine alone, a range for pages that lie together
 
 
 def _check(name: str, value: int, least: int, most: int = 1 << 62) -> None:

@@ -46,10 +46,11 @@ from triton_offload.specs import (
     as_ids,
 )
 from triton_offload.stats import OffloadingStats
+from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
-from triton_offload.transfer.worker import OffloadingWorker, TransferFunction
+from triton_offload.transfer.worker import OffloadingWorker
 from triton_offload.tuning.calibrate import calibration_for
 
 BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from triton_offload.calibration import PathTable
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
@@ -49,6 +50,10 @@ class Device(Protocol):
     maps_host_memory: bool
     #: whether it has `copy_batch`
     batches_copies: bool
+    #: the paths that are taken where nothing was measured and nobody chose
+    default_paths: PathTable
+    #: whether its work needs the interpreter, which a caller that polls in a loop keeps from it
+    needs_interpreter: bool
 
     # -- the host's own steps, which a simulation picks like any other --
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from triton_offload.calibration import Calibration, LaunchShape, default_calibration
+from triton_offload.calibration import (
+    CUDA_PATHS,
+    Calibration,
+    LaunchShape,
+    default_calibration,
+)
 from triton_offload.device.base import DeviceLostError
 from triton_offload.device.realtime import RealTime
 from triton_offload.kernels import pages
@@ -35,6 +40,8 @@ class CUDADevice(RealTime):
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.maps_host_memory = True
+        self.default_paths = CUDA_PATHS
+        self.needs_interpreter = False
         self.batches_copies = hasattr(_bindings("driver"), "cuMemcpyBatchAsync")
         launches = calibration or default_calibration("cuda")
         self._configs = {
@@ -213,7 +220,7 @@ class CUDADevice(RealTime):
 
 
 def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.KernelConfig:
-    """The kernels' own configuration, or one of this shape with as many bytes a thread."""
+    """The kernels' own configuration, or one of this shape with as many bytes per thread."""
     own = pages.choose_config(zero_copy=zero_copy, backend="hip" if torch.version.hip else "cuda")
     if shape is None:
         return own

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from triton_offload.calibration import HOST_PATHS
 from triton_offload.device import host_pages
 from triton_offload.device.realtime import RealTime
 from triton_offload.device.threads import OwnThread
@@ -126,6 +127,8 @@ class HostDevice(RealTime):
         self.name = "host"
         self.maps_host_memory = True
         self.batches_copies = True
+        self.default_paths = HOST_PATHS
+        self.needs_interpreter = True  # its streams are Python threads
         self._condition = threading.Condition()
 
     # -- streams and events --

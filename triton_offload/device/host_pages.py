@@ -71,7 +71,7 @@ def _operands(
     slot_ids: torch.Tensor,
     first_block: int,
 ) -> _Operands:
-    """Pages and places as rows of words, with the row numbers on each side: one call a tensor.
+    """Pages and places as rows of words, with the row numbers on each side: one call per tensor.
 
     Of chunks of 32 pages of 4 KiB one call for each position reached 0.2 of a plain copy's speed,
     one for each chunk 0.3 to 0.5, this 0.5 to 0.65 (two cores of an EPYC).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from itertools import takewhile
 from typing import SupportsIndex
 
@@ -46,9 +46,9 @@ __all__ = [
 class CPUOffloadingManager(OffloadingManager):
     """A pool of `num_chunks` slots in host memory with LRU or ARC eviction.
 
-    Lookup, touch, prepare, complete and eviction are O(1) a key (freed slots are sorted within
-    one call), reset is O(1) a chunk that it drops. Events are kept until they are taken, and only
-    with `enable_events`.
+    Lookup, touch, prepare, complete and eviction are O(1) per key (freed slots are sorted
+    within one call), reset is O(1) per chunk that it drops. Events are kept until they are taken,
+    and only with `enable_events`.
 
     Of the chunks that one call of `prepare_store` or `touch` named, the last is evicted first,
     whatever jobs stored them and in whatever order these end; with ARC, of those in each of its
@@ -79,8 +79,8 @@ class CPUOffloadingManager(OffloadingManager):
         self._num_chunks = num_chunks
         self._every_block = (1 << blocks_per_chunk) - 1
         self._policy: EvictionPolicy = (LRUPolicy if policy == "lru" else ARCPolicy)(num_chunks)
-        # What is known of chunks lies in dicts by key, not in an object a chunk: so most calls deal
-        # with all their keys inside one call of a dict. Only the first has an entry for each chunk.
+        # What is known of chunks lies in dicts by key, not in an object per chunk: so most calls
+        # deal with all their keys inside one call of a dict. Only the first has every chunk.
         self._slot_of: dict[Key, int] = {}
         self._partial: dict[Key, int] = {}  # blocks that can be loaded, where some but not all can
         self._storing: dict[Key, int] = {}  # blocks that the store under way writes
@@ -148,55 +148,31 @@ class CPUOffloadingManager(OffloadingManager):
     def prepare_store(
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None
     ) -> PrepareStoreOutput | None:
-        slot_of, storing, loading = self._slot_of, self._storing, self._loading
-        if blocks is None:
-            to_write = dict.fromkeys(keys, self._every_block)
-        else:
-            to_write = dict(zip(keys, self._masks(keys, blocks), strict=True))
-        if len(to_write) != len(keys):
-            raise _named_twice(keys)
-        known = slot_of.keys() & to_write.keys()
-        pending: list[Key] = []
-        extended: list[Key] = []
+        to_write = self._blocks_offered(keys, blocks)
+        known = self._slot_of.keys() & to_write.keys()
+        extended: Sequence[Key] = ()
+        pending: Sequence[Key] = ()
         num_idle = 0
-        for key in (key for key in keys if key in known) if known else ():
-            num_idle += key not in loading and key not in storing
-            to_write[key] &= ~self._loadable(key)
-            if to_write[key] and key not in storing:
-                extended.append(key)
-            elif to_write.pop(key):
-                pending.append(key)
-
-        num_new, num_free = len(keys) - len(known), len(self._slots)
-        num_to_evict = max(0, num_new - num_free)
-        if num_to_evict > self._num_chunks - num_free - self.num_pinned - num_idle:
+        if known:
+            extended, pending, num_idle = self._take_out_written(keys, known, to_write)
+        num_new = len(keys) - len(known)
+        evicted = self._make_room(num_new, known, num_idle)
+        if evicted is None:
             return None
-        evicted: Sequence[Key] = ()
-        if num_to_evict:
-            busy = (storing.keys(), loading.keys()) if storing or loading else ()
-            evicted = self._policy.evict(num_to_evict, known, busy)
-            self._slots.put(map(slot_of.pop, evicted))
-            for key in evicted if self._partial else ():
-                self._partial.pop(key, None)
-            self._record(evicted, removed=True)
 
-        slots = self._slots.take(num_new)
-        fresh = self._all_fresh[:num_new]
         keys_to_store = tuple(to_write)
+        new = [key for key in to_write if key not in known] if extended else keys_to_store
+        slots, fresh = self._slots.take(num_new), self._all_fresh[:num_new]
+        self._slot_of.update(zip(new, slots, strict=True))
+        self._policy.admit(new)
         if extended:
-            new = [key for key in to_write if key not in known]
-            slot_of.update(zip(new, slots, strict=True))
-            self._policy.admit(new)
-            slots = [slot_of[key] for key in to_write]
+            slots = [self._slot_of[key] for key in to_write]
             fresh = np.array([key not in known for key in to_write])
-            self._num_busy += sum(key not in loading for key in extended)
-        else:
-            slot_of.update(zip(to_write, slots, strict=True))
-            self._policy.admit(keys_to_store)
+            self._num_busy += sum(key not in self._loading for key in extended)
         if known:
             self._policy.refresh(keys)
         self._num_busy += num_new
-        storing.update(to_write)
+        self._storing.update(to_write)
         return PrepareStoreOutput(
             keys_to_store=keys_to_store,
             store_spec=CPULoadStoreSpec(np.array(slots, dtype=np.int64), fresh),
@@ -205,30 +181,67 @@ class CPUOffloadingManager(OffloadingManager):
             pending_keys=tuple(pending),
         )
 
+    def _blocks_offered(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> dict[Key, int]:
+        """The mask of each key, in their order."""
+        if blocks is None:
+            offered = dict.fromkeys(keys, self._every_block)
+        else:
+            offered = dict(zip(keys, self._masks(keys, blocks), strict=True))
+        if len(offered) != len(keys):
+            raise _named_twice(keys)
+        return offered
+
+    def _take_out_written(
+        self, keys: Sequence[Key], known: Set[Key], to_write: dict[Key, int]
+    ) -> tuple[list[Key], list[Key], int]:
+        """Leave in `to_write` what is to be written, of chunks that the pool has: nothing of those
+        that are whole or being stored.
+
+        Returns the chunks that it extends, those that another store is writing a block of, and how
+        many of all of them could be evicted, if they were not of this call.
+        """
+        storing, loading = self._storing, self._loading
+        extended: list[Key] = []
+        pending: list[Key] = []
+        num_idle = 0
+        for key in (key for key in keys if key in known):
+            num_idle += key not in loading and key not in storing
+            to_write[key] &= ~self._loadable(key)
+            if to_write[key] and key not in storing:
+                extended.append(key)
+            elif to_write.pop(key):
+                pending.append(key)
+        return extended, pending, num_idle
+
+    def _make_room(self, num_new: int, kept: Set[Key], num_idle: int) -> Sequence[Key] | None:
+        """Evict what so many new chunks need, but none of `kept`, of which `num_idle` could go.
+
+        Returns the evicted; None where there is no such room, and nothing has changed then.
+        """
+        num_free = len(self._slots)
+        num_to_evict = num_new - num_free
+        if num_to_evict <= 0:
+            return ()
+        if num_to_evict > self._num_chunks - num_free - self.num_pinned - num_idle:
+            return None
+        storing, loading = self._storing, self._loading
+        busy = (storing.keys(), loading.keys()) if storing or loading else ()
+        evicted = self._policy.evict(num_to_evict, kept, busy)
+        self._slots.put(map(self._slot_of.pop, evicted))
+        for key in evicted if self._partial else ():
+            self._partial.pop(key, None)
+        self._record(evicted, removed=True)
+        return evicted
+
     def complete_store(
         self, keys: Sequence[Key], success: bool = True, *, latest: bool = False
     ) -> None:
-        if len(set(keys)) != len(keys):
-            raise _named_twice(keys)
-        older = None if latest or not self._orphans else self._orphans
-        live = older.without(keys, Direction.STORE) if older else keys
-        storing, partial = self._storing, self._partial
-        if not all(map(storing.__contains__, live)):
-            wrong = next(key for key in live if key not in storing)
-            raise ValueError(f"keys: expected keys that are being stored, got {wrong!r}")
-        if older:
-            self._slots.put(older.complete(keys, Direction.STORE))
-        masks = list(map(storing.pop, live))
+        live, masks = self._end_stores(keys, latest)
         stored: Sequence[Key] = live  # for the first time
-        idle: list[Key] = []  # extended ones that are idle again
+        idle: Sequence[Key] = ()  # extended ones that are idle again
         # A mask of every block is a first store, and whole chunks are the common case.
         if not success or masks.count(self._every_block) < len(masks):
-            stored = [key for key in live if key not in partial]
-            idle = [key for key in live if key in partial and key not in self._loading]
-            for key, mask in zip(live if success else (), masks, strict=False):
-                partial[key] = mask | partial.get(key, 0)
-                if partial[key] == self._every_block:
-                    del partial[key]
+            stored, idle = self._end_parts(live, masks if success else ())
         self._num_busy -= len(stored) + len(idle)
         if idle:
             self._policy.release(idle)
@@ -238,6 +251,40 @@ class CPUOffloadingManager(OffloadingManager):
         else:
             self._policy.remove(stored)
             self._slots.put(map(self._slot_of.pop, stored))
+
+    def _end_stores(self, keys: Sequence[Key], latest: bool) -> tuple[Sequence[Key], list[int]]:
+        """Those of the keys whose chunks the pool still has, and the blocks that each was to write.
+
+        The others' chunks were dropped by a reset: their slots are free from now on.
+        """
+        if len(set(keys)) != len(keys):
+            raise _named_twice(keys)
+        older = None if latest or not self._orphans else self._orphans
+        live = older.without(keys, Direction.STORE) if older else keys
+        storing = self._storing
+        if not all(map(storing.__contains__, live)):
+            wrong = next(key for key in live if key not in storing)
+            raise ValueError(f"keys: expected keys that are being stored, got {wrong!r}")
+        if older:
+            self._slots.put(older.complete(keys, Direction.STORE))
+        return live, list(map(storing.pop, live))
+
+    def _end_parts(
+        self, keys: Sequence[Key], written: Sequence[int]
+    ) -> tuple[Sequence[Key], Sequence[Key]]:
+        """Stores have ended that failed, or wrote some blocks only: add what was `written` (a mask
+        per key, none of a failure) to what can be loaded.
+
+        Returns the chunks that were stored for the first time, and the extended ones that are idle.
+        """
+        partial = self._partial
+        stored = [key for key in keys if key not in partial]
+        idle = [key for key in keys if key in partial and key not in self._loading]
+        for key, mask in zip(keys, written, strict=False):
+            partial[key] = mask | partial.get(key, 0)
+            if partial[key] == self._every_block:
+                del partial[key]
+        return stored, idle
 
     def prepare_load(
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None

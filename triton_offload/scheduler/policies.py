@@ -25,7 +25,7 @@ __all__ = ["ARCPolicy", "EvictionPolicy", "Key", "LRUPolicy"]
 
 
 class EvictionPolicy(Protocol):
-    """An eviction order over the keys of one pool. Each method is O(1) a key, but for chunks that
+    """An eviction order over the keys of one pool. Each method is O(1) per key, but for chunks that
     were in use when their turn came: these cost O(log of their number), once.
 
     The caller keeps the preconditions (`admit` of unknown keys, `land` or `remove` of admitted

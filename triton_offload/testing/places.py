@@ -156,7 +156,7 @@ class Places:
         return ranges
 
     def mover(self, dst: Ids, src: Ids, sizes: Ids, order: list[int]) -> Callable[[], None]:
-        """Copies the pieces in that order."""
+        """Copies the ranges in that order."""
 
         def run() -> None:
             for i in order:

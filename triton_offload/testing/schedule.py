@@ -12,12 +12,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from triton_offload.testing.races import Clock
-
-if TYPE_CHECKING:
-    from triton_offload.testing.simulation import Record
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +82,15 @@ class Operation:
     def __str__(self) -> str:
         detail = f" of {self.detail}" if self.detail else ""
         return f"#{self.number} {self.kind}{detail} on {self.stream.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One record of an event, with what is over once it is reached."""
+
+    operation: Operation
+    clock: Clock
+    failure: BaseException | None = None
 
 
 class Order(Protocol):

@@ -10,14 +10,15 @@ from typing import Literal
 
 import torch
 
+from triton_offload.calibration import CUDA_PATHS
 from triton_offload.device.base import DeviceLostError
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 from triton_offload.testing.background import Background
 from triton_offload.testing.controls import Controls
 from triton_offload.testing.races import Cells
-from triton_offload.testing.schedule import Engine, Stream
-from triton_offload.testing.simulation import Record, Simulation
+from triton_offload.testing.schedule import Engine, Record, Stream
+from triton_offload.testing.simulation import Simulation
 from triton_offload.testing.work import Launch, Pair, run_kernel
 
 POISON = 0xA5
@@ -25,19 +26,19 @@ POISON = 0xA5
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Virtual speeds: bytes a second, and seconds.
+    """Virtual speeds: bytes per second, and seconds.
 
     `link`: one way, an H100 on PCIe Gen5 x16. `kernel`: what 16 CTAs gather or scatter (the link's
     bytes of 100 us cost some 70 SM us). `device`: a copy inside the device. `launch`: from the
-    queue to the first byte. `piece`: a copy engine's time for a small piece of a batch. `call`:
-    the host's for one call.
+    queue to the first byte. `small_copy`: a copy engine's time for a small range of a batch.
+    `call`: the host's for one call.
     """
 
     link: float = 55e9
     kernel: float = 1.2e12
     device: float = 1.5e12
     launch: float = 3e-6
-    piece: float = 1.5e-6
+    small_copy: float = 1.5e-6
     call: float = 2e-6
 
 
@@ -59,7 +60,7 @@ class SimulatedDevice(Controls):
 
     What is CUDA's: a wait binds the latest record at the time of the call, and an event that was
     never recorded does not block; a query sees a re-record; copies read their source when they
-    run; copies of one engine are serial, pieces of a batch are in no order; a copy from or to host
+    run; copies of one engine are serial, ranges of a batch are in no order; a copy from or to host
     memory that is not registered blocks the host until the stream gets there (one to the device
     until it has read it), and a kernel that reaches such memory loses the device; a stream holds
     `max_queued` operations, and one more blocks the host; `legacy_stream` synchronises with streams
@@ -102,9 +103,11 @@ class SimulatedDevice(Controls):
         self.name = "simulated"
         self.maps_host_memory = True
         self.batches_copies = True
+        self.default_paths = CUDA_PATHS
+        self.needs_interpreter = False
         self.rates = rates
         self.is_capturing = False
-        #: pieces of host memory that are registered
+        #: parts of host memory that are registered
         self.num_registered = 0
         #: copy engines, one each way
         self.to_device = Engine("host to device", None if in_turn else deque())
@@ -278,7 +281,7 @@ class SimulatedDevice(Controls):
         engine, rate = self._transit(
             places.address_on_device(int(dst[0])), places.address_on_device(int(src[0]))
         )
-        seconds = max(float(sizes.sum()) * rate, len(sizes) * self.rates.piece)
+        seconds = max(float(sizes.sum()) * rate, len(sizes) * self.rates.small_copy)
         reads: list[Cells] = []
         writes: list[Cells] = []
         run = None
@@ -290,7 +293,7 @@ class SimulatedDevice(Controls):
         if pageable:
             self._wait_for_host(stream)
         operation = self._simulation.queue(
-            self._simulation.operation("copy_batch", stream, f"{len(sizes)} pieces"),
+            self._simulation.operation("copy_batch", stream, f"{len(sizes)} ranges"),
             reads=reads,
             writes=writes,
             run=run,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from triton_offload.testing.schedule import (
     Operation,
     Order,
     RandomOrder,
+    Record,
     Schedule,
     Stream,
     TimeOrder,
@@ -38,15 +38,6 @@ class Stuck(BaseException):
 
     Not an Exception: code under test that survives those would wait for ever.
     """
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """One record of an event, with what is over once it is reached."""
-
-    operation: Operation
-    clock: Clock
-    failure: BaseException | None = None
 
 
 class Simulation:

@@ -5,92 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.closing import Closing
 from triton_offload.device.base import Device, DeviceLostError, Event, Stream
 from triton_offload.specs import Direction, TransferResult, TransferStatus
 from triton_offload.transfer.contents import SlotContents, SlotMarks
+from triton_offload.transfer.endings import Endings
+from triton_offload.transfer.job import InFlight, Job, Planned
+from triton_offload.transfer.lane_paths import LanePaths
+from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import GroupRun
-from triton_offload.transfer.paths import Gate, PathQueue, Queued, Segment
+from triton_offload.transfer.segment import Gate, Segment
 from triton_offload.transfer.staging import IndexRing
 
 # Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
 # is counted before it is known how many operations it needs.
 _MAX_QUEUED_OPS = 600
-
-# Where a segment goes when its path could not be queued: from kernels to the copy engine alone,
-# and back. A copy engine's segments fit a staging buffer for that (`PathQueue.max_chunks`).
-_FALLBACK = {
-    Path.STAGED: Path.COPY_ENGINE,
-    Path.ZERO_COPY: Path.COPY_ENGINE,
-    Path.COPY_ENGINE: Path.STAGED,
-}
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One transfer, from submission to its report.
-
-    `lane`: its name. `sequence`: its number among the lane's jobs. `compute`: what was queued on
-    the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
-    something of it may be queued. `start`: None where it could not be marked, and the job is not
-    timed. `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page
-    or a slot any more, `result` says how it ended, and it keeps neither ids nor events.
-    """
-
-    job_id: int
-    direction: Direction
-    lane: str
-    sequence: int
-    num_bytes: int
-    runs: list[GroupRun]
-    compute: Event | None
-    after: list[Job]
-    planned: Iterator[_Planned] | None = None
-    held: _Planned | None = None  # taken from `planned`, not queued yet
-    pages: Gate | None = None
-    slots: Gate | None = None
-    start: Event | None = None
-    end: Event | None = None
-    last: Queued | None = None
-    started: bool = False
-    queued: bool = False
-    finished: bool = False
-    cancelled: bool = False
-    error: BaseException | None = None
-    result: TransferResult | None = None
-
-    @property
-    def released(self) -> Event | None:
-        """Once all of it is queued: what its pages are the engine's after (ordering rule 3)."""
-        # Of a job that failed, what came after its last whole segment may still touch them.
-        return self.end if self.last is None or self.error is not None else self.last.released
-
-
-class _Planned(NamedTuple):
-    """What one segment is made of, and the path that it is to cross by."""
-
-    path: Path
-    run: GroupRun
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """What the lane waits for next: a queued segment, or the end of a job (`ends`).
-
-    `holds_ids`: the oldest ids in the ring are free when it is over.
-    """
-
-    job: Job
-    events: tuple[Event, ...]
-    done: Event
-    num_ops: int
-    num_bytes: int = 0
-    holds_ids: bool = False
-    ends: bool = False
 
 
 class Lane:
@@ -104,7 +35,7 @@ class Lane:
         name: str,
         direction: Direction,
         device: Device,
-        paths: PathQueue,
+        streams: LaneStreams,
         table: PathTable,
         *,
         blocks_per_chunk: int,
@@ -114,12 +45,11 @@ class Lane:
     ) -> None:
         self.name = name
         self.direction = direction
-        self.paths = paths
+        self.streams = streams
         self.finished: list[Job] = []  # to be reported
-        #: why nothing can be queued any more
-        self.lost: DeviceLostError | None = None
         self._device = device
-        self._table = table
+        self.paths = LanePaths(streams, table)
+        self._endings = Endings(device, streams)
         self._window_bytes = window_bytes
         self._contents = contents
         # A segment takes at most a quarter, and holds at least one chunk.
@@ -127,16 +57,14 @@ class Lane:
         self._indices = IndexRing(device, max(max_indices, 4 * ids_of_chunk))
         self._max_chunks = self._indices.capacity // 4 // ids_of_chunk
         self._backlog: deque[Job] = deque()
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._num_ops = 0
         self._num_bytes = 0
         self._sequence = 0
-        self._broken: set[Path] = set()
         self._last_path: Path | None = None
-        self._drained = False  # lost, but all that was queued has ended well or not
         self._closing = Closing()
         self._closing.callback(self._indices.close)
-        self._closing.callback(paths.close)
+        self._closing.callback(streams.close)
 
     @property
     def has_backlog(self) -> bool:
@@ -145,7 +73,12 @@ class Lane:
     @property
     def broken(self) -> frozenset[Path]:
         """The paths that could not be queued here, for which others stand in."""
-        return frozenset(self._broken)
+        return self.paths.broken
+
+    @property
+    def lost(self) -> DeviceLostError | None:
+        """Why nothing can be queued any more."""
+        return self._endings.lost
 
     @property
     def next_event(self) -> Event | None:
@@ -207,25 +140,11 @@ class Lane:
             job.held = None
         return True
 
-    def _split(self, runs: list[GroupRun]) -> Iterator[_Planned]:
+    def _split(self, runs: list[GroupRun]) -> Iterator[Planned]:
         for run in runs:
-            path = self._choose(run)
+            path = self.paths.choose(run)
             for part in run.split(max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))):
-                yield _Planned(path, part)
-
-    def _choose(self, run: GroupRun) -> Path:
-        table = run.group.table
-        pages = len(run.block_ids) * len(table.pages)
-        path = self._table.choose(self.direction, table.bytes_per_block // len(table.pages), pages)
-        return self._allowed(path)
-
-    def _allowed(self, path: Path) -> Path:
-        if path is Path.ZERO_COPY and not self.paths.reaches_pool:
-            path = Path.STAGED
-        for _ in _FALLBACK:  # one that is not broken is at most two steps away: see `_abandon`
-            if path in self._broken:
-                path = _FALLBACK[path]
-        return path
+                yield Planned(path, part)
 
     def _has_room(self, run: GroupRun) -> bool:
         if not self._in_flight:
@@ -234,7 +153,7 @@ class Lane:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
 
-    def _queue_segment(self, job: Job, planned: _Planned) -> bool:
+    def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.
 
         A segment is tried twice at most: by its path, and by the one that stands in for that.
@@ -242,7 +161,7 @@ class Lane:
         run = planned.run
         if not self._indices.has_room(len(run.block_ids) + len(run.slot_ids)):
             return False
-        path = self._allowed(planned.path)
+        path = self.paths.usable(planned.path)
         if not job.started:
             self._start(job, path)
         # Only now: of what is cancelled or refused before this, the slots keep what they held.
@@ -252,11 +171,11 @@ class Lane:
         segment = Segment(run, ids[0], ids[1], marks)
         error = self._try(job, segment, path)
         if error is not None and self.lost is None:
-            stands_in = self._abandon(path)
+            stands_in = self.paths.give_up(path)
             if stands_in is not None:
                 error = self._try(job, segment, stands_in)
                 if error is not None and self.lost is None:
-                    self._abandon(stands_in)
+                    self.paths.give_up(stands_in)
         if error is not None:
             job.error = error
         if self.lost is None:  # whichever try was the last, its end gives the ids back
@@ -268,7 +187,7 @@ class Lane:
         job.started = True
         try:
             start = self._device.new_event(timed=True)
-            self._device.record(start, self._first_stream(path))
+            self._device.record(start, self.paths.first_stream(path))
             job.start = start
         except DeviceLostError:
             raise
@@ -278,13 +197,6 @@ class Lane:
         ends = [other.end for other in job.after if not other.finished and other.end is not None]
         job.slots = Gate(self._device, ends)
 
-    def _first_stream(self, path: Path) -> Stream:
-        """The stream that the first operation of a segment is queued on."""
-        copies_first = path is Path.COPY_ENGINE or (
-            path is Path.STAGED and self.direction is Direction.LOAD
-        )
-        return self.paths.copies if copies_first else self.paths.kernels
-
     def _try(self, job: Job, segment: Segment, path: Path) -> Exception | None:
         """Queue the segment; what keeps it from being queued whole. Both streams follow the part
         that was, then, unless the lane is lost."""
@@ -292,25 +204,17 @@ class Lane:
         assert job.slots is not None
         try:
             if self._last_path not in (None, path):
-                self.paths.settle()  # ordering rule 5, where neighbours end on different streams
+                self.streams.settle()  # ordering rule 5, where neighbours end on different streams
             self._last_path = path
             queued = self.paths.queue(path, segment, job.pages, job.slots)
         except Exception as error:
             ends = self._settle()
             if ends:
-                self._fly(_InFlight(job, ends, ends[-1], num_ops=5))
+                self._fly(InFlight(job, ends, ends[-1], num_ops=5))
             return error
         job.last = queued
-        self._fly(_InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
+        self._fly(InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
         return None
-
-    def _abandon(self, path: Path) -> Path | None:
-        """A segment could not be queued by `path`: which one stands in for it, from now on."""
-        stands_in = _FALLBACK[path]
-        # Of staged and copy engine, each other's fallback, one is kept, for better times.
-        if path is Path.ZERO_COPY or stands_in not in self._broken:
-            self._broken.add(path)
-        return None if stands_in in self._broken else stands_in
 
     def _end(self, job: Job) -> None:
         """Everything of the job is queued: mark the end, which later jobs may wait for."""
@@ -325,8 +229,7 @@ class Lane:
         if self.lost is None and job.error is None:
             try:
                 event = self._device.new_event(timed=True)
-                stream = self.paths.kernels if self._ends_on_kernels(job) else self.paths.copies
-                self._device.record(event, stream)
+                self._device.record(event, self._last_stream())
                 ends = (event,)
             except Exception as error:
                 job.error = error
@@ -338,14 +241,14 @@ class Lane:
             self._finish(job)
             return
         job.end = ends[-1]
-        self._fly(_InFlight(job, ends, job.end, num_ops=3, ends=True))
+        self._fly(InFlight(job, ends, job.end, num_ops=3, ends=True))
 
     def _end_cancelled(self, job: Job) -> None:
         """The job's turn to be reported comes with the end of what is queued before it. An event of
         its own would be an operation more, and nothing bounds how many jobs are taken back."""
         if self._in_flight:
             job.end = self._in_flight[-1].done
-            self._fly(_InFlight(job, (), job.end, num_ops=0, ends=True))
+            self._fly(InFlight(job, (), job.end, num_ops=0, ends=True))
         else:
             self._finish(job)
 
@@ -356,17 +259,18 @@ class Lane:
     def _settle(self) -> tuple[Event, ...]:
         """Events after all that is queued on either stream; none where the lane is lost."""
         try:
-            return self.paths.settle()
+            return self.streams.settle()
         except Exception as error:
-            self._lose(error)
+            self._endings.lose(error)
             return ()
 
-    def _ends_on_kernels(self, job: Job) -> bool:
-        if self._last_path is Path.STAGED:
-            return self.direction is Direction.LOAD
-        return self._last_path is Path.ZERO_COPY
+    def _last_stream(self) -> Stream:
+        """The one that the last operation was queued on."""
+        if self._last_path is None:
+            return self.streams.copies
+        return self.paths.last_stream(self._last_path)
 
-    def _fly(self, work: _InFlight) -> None:
+    def _fly(self, work: InFlight) -> None:
         self._in_flight.append(work)
         self._num_ops += work.num_ops
         self._num_bytes += work.num_bytes
@@ -375,10 +279,10 @@ class Lane:
         while self._in_flight:
             work = self._in_flight[0]
             # A cancelled job is over with what was before it, and that has left the queue.
-            if not work.job.cancelled and not self._is_over(work.done, work.job):
+            if not work.job.cancelled and not self._endings.is_over(work.done, work.job):
                 return
             for event in work.events:
-                self._is_over(event, work.job)
+                self._endings.is_over(event, work.job)
             self._in_flight.popleft()
             self._num_ops -= work.num_ops
             self._num_bytes -= work.num_bytes
@@ -386,34 +290,6 @@ class Lane:
                 self._indices.free()
             if work.ends:
                 self._finish(work.job)
-
-    def _is_over(self, event: Event, job: Job) -> bool:
-        """Whether nothing queued before the event runs any more; what failed of it is the job's."""
-        if self.lost is not None and not self._drained:
-            job.error = job.error or self.lost
-            return True
-        try:
-            return self._is_reached(event)
-        except DeviceLostError as error:
-            self._lose(error)
-            job.error = job.error or self.lost
-        except Exception as error:
-            job.error = job.error or error
-        return True
-
-    def _is_reached(self, event: Event) -> bool:
-        """Raises what failed before it, once it is reached."""
-        try:
-            return self._device.query(event)
-        except DeviceLostError:
-            raise
-        except Exception:
-            # Something failed and is over, or the query did, and pages may still be touched.
-            try:
-                self._device.synchronize(event, 0.0)
-            except TimeoutError:
-                return False
-            return True
 
     def _finish(self, job: Job) -> None:
         """Ordering rule 9: its last event was reached, or the device is lost."""
@@ -428,7 +304,7 @@ class Lane:
                 seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
             job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
         if job.error is not None:
-            self.paths.distrust()
+            self.streams.distrust()
         self._doubt(job)
         # Who keeps the job keeps its result, and no memory that was moved.
         job.runs, job.start, job.end, job.last = [], None, None, None
@@ -452,19 +328,4 @@ class Lane:
             taken = sum(work.holds_ids for work in self._in_flight)
             assert len(self._indices._taken) == taken
         self._indices._check()
-        self.paths._ring._check()
-
-    def _lose(self, error: Exception) -> None:
-        """Nothing that is queued here from now on would ever be known to end."""
-        self._drained = False
-        if isinstance(error, DeviceLostError):
-            self.lost = error
-            return
-        # Not even an event can be recorded, and yet the device may work: what touches pages must
-        # end before its job is reported, and only draining the streams still tells that it has.
-        # Where the device is lost, draining returns at once.
-        self.lost = DeviceLostError(f"the device was lost: {error}")
-        self.lost.__cause__ = error
-        with suppress(Exception):
-            self.paths.close_streams()
-            self._drained = True
+        self.streams._ring._check()

@@ -114,9 +114,13 @@ class CacheLayout:
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())
             for i in range(len(members))
         )
-        #: [g][h]: some bytes that a chunk of group h wrote are not those of a chunk of group g
+        #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that. It does
+        #: where a page of h is longer than g's of the same tensor, or g has none there.
         self.leaves_stale = np.array(
-            [[any(g.get(i, 0) < n for i, n in h.items()) for h in members] for g in members]
+            [
+                [any(new.get(i, 0) < size for i, size in old.items()) for old in members]
+                for new in members
+            ]
         )
 
     def plan(
@@ -126,7 +130,7 @@ class CacheLayout:
         host_spec: CPULoadStoreSpec,
         num_slots: int,
     ) -> list[GroupRun]:
-        """The job's runs, one a group that takes part, all ids checked.
+        """The job's runs, one per group that takes part, all ids checked.
 
         Costs O(blocks) and touches no tensor. Raises ValueError naming the argument.
         """
@@ -166,7 +170,7 @@ class CacheLayout:
             )
             raise ValueError(
                 f"slot_ids: expected {needed} slots for these blocks at {self.blocks_per_chunk} "
-                f"blocks a chunk, got {len(slot_ids)}"
+                f"blocks per chunk, got {len(slot_ids)}"
             )
         loads = direction is Direction.LOAD
         for run in runs:
@@ -208,7 +212,7 @@ class GroupRun(NamedTuple):
         return len(self.block_ids) * self.group.table.bytes_per_block
 
     def split(self, max_chunks: int) -> Iterator[GroupRun]:
-        """The run in pieces of at most `max_chunks` chunks."""
+        """The run in parts of at most `max_chunks` chunks."""
         span = self.group.table.blocks_per_chunk
         for chunk in range(0, len(self.slot_ids), max_chunks):
             end = min(chunk + max_chunks, len(self.slot_ids))

@@ -25,16 +25,17 @@ from contextlib import ExitStack, suppress
 
 import numpy as np
 
-from triton_offload.calibration import CUDA_PATHS, HOST_PATHS, Path, PathTable
+from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.contents import SlotContents
-from triton_offload.transfer.lane import Job, Lane
+from triton_offload.transfer.job import Job
+from triton_offload.transfer.lane import Lane
+from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
-from triton_offload.transfer.paths import PathQueue
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
@@ -72,7 +73,7 @@ class Pipeline:
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
         self._num_slots = pool.num_slots
-        table = options.paths or (HOST_PATHS if self._device.name == "host" else CUDA_PATHS)
+        table = options.paths or self._device.default_paths
         if options.path is not None:
             table = PathTable(Path(options.path))
         buffer_bytes = max(
@@ -88,7 +89,7 @@ class Pipeline:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
             for name, direction in _LANES.items():
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
-                paths = PathQueue(
+                streams = LaneStreams(
                     self._device,
                     layout,
                     pool,
@@ -97,13 +98,13 @@ class Pipeline:
                     num_buffers=options.num_buffers,
                     buffer_bytes=buffer_bytes,
                 )
-                undo.callback(paths.close)
-                dropped.callback(paths.close)
+                undo.callback(streams.close)
+                dropped.callback(streams.close)
                 self._lanes[name] = Lane(
                     name,
                     direction,
                     self._device,
-                    paths,
+                    streams,
                     table,
                     blocks_per_chunk=layout.blocks_per_chunk,
                     max_indices=options.max_indices,
@@ -187,6 +188,10 @@ class Pipeline:
         deadline = None if timeout is None else self._device.monotonic() + timeout
         self._wait(job, deadline, timeout)
 
+    def monotonic(self) -> float:
+        """The clock that `wait` counts its timeout by."""
+        return self._device.monotonic()
+
     def _wait(self, job: Job, deadline: float | None, timeout: float | None) -> None:
         while True:
             with self._lock:
@@ -195,6 +200,15 @@ class Pipeline:
                     return
                 event = self._lanes[job.lane].next_event
             self._block(event, deadline, f"job {job.job_id} was not done within {timeout} s")
+
+    def wait_for_slots(self, slot_ids: Ids, *, writing: bool) -> None:
+        """Block until the jobs submitted so far that write these slots have ended, and where
+        `writing` those that read them too. Slots that the pool does not have are nobody's."""
+        known = slot_ids[(slot_ids >= 0) & (slot_ids < self._num_slots)]
+        with self._lock:
+            jobs = self._order_on_slots("store" if writing else "load", known)
+        for job in jobs:
+            self.wait(job)
 
     def released(self, job: Job) -> bool:
         """Whether the job's pages are the engine's again (ordering rule 3)."""

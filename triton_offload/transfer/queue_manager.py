@@ -21,19 +21,17 @@ from triton_offload.specs import (
     LoadStoreSpec,
     TransferResult,
 )
-from triton_offload.transfer.layout import CacheLayout
-from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
-from triton_offload.transfer.slot_order import SlotOrder
-from triton_offload.transfer.worker import (
-    DeviceWorker,
+from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.function_worker import (
     FunctionWorker,
-    OffloadingWorker,
     TransferFunction,
     check_function,
     check_num_threads,
-    deadline_after,
-    seconds_until,
 )
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.slot_order import SlotOrder
+from triton_offload.transfer.worker import OffloadingWorker, deadline_after, seconds_until
 
 
 class OffloadingQueueManager:

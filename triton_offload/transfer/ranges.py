@@ -102,33 +102,43 @@ def zeros_over(slot: torch.Tensor, zeros: torch.Tensor) -> Iterator[Pair]:
 
 
 def addresses(run: GroupRun, pool: HostPool) -> tuple[Ids, Ids, Ids]:
-    """(page address, slot address, bytes) of every range that is contiguous on both sides."""
-    table = run.group.table
-    span = table.blocks_per_chunk
-    place = run.first + np.arange(len(run.block_ids))
-    chunk, position = np.divmod(place, span)
+    """(page address, slot address, bytes) of every range that is contiguous on both sides.
+
+    A range is a page, or, of tensors whose pages lie without a gap on both sides, the pages of
+    blocks that follow each other in the cache and in one chunk:
+
+        block ids   4  5  6 | 7  9      two blocks per chunk, the run begins at its second place
+        position    1  0  1 | 0  1
+        ranges     [4][5  6][7][9]      of a tensor without gaps; else one for each block
+    """
+    span = run.group.table.blocks_per_chunk
+    chunk, position = np.divmod(run.first + np.arange(len(run.block_ids)), span)
     slot = pool.slots.data_ptr() + run.slot_ids[chunk] * pool.slots.stride(0)
-    # A block that follows its predecessor on the device and in the chunk may join its range.
-    follows = np.zeros(len(place), dtype=np.bool_)
-    follows[1:] = (np.diff(run.block_ids) == 1) & (position[1:] != 0)
-    starts = np.flatnonzero(~follows)
-    lengths = np.diff(np.append(starts, len(place)))
-    columns = run.group.columns
-    _, stride, page_bytes, _, pitch = columns
-    joined = (stride == page_bytes) & (page_bytes == pitch)
+    firsts, counts = _followers(run.block_ids, position)
+    _, stride, page_bytes, _, pitch = run.group.columns
+    gapless = (stride == page_bytes) & (page_bytes == pitch)
+    every = np.arange(len(run.block_ids))
     ranges: list[tuple[Ids, Ids, Ids]] = []
-    for tensors, at, count in (
-        (joined, starts, lengths),
-        (~joined, np.arange(len(place)), np.ones(len(place), dtype=np.int64)),
-    ):
+    # (these tensors, the blocks that their ranges begin with, the blocks that each range has)
+    for tensors, at, count in ((gapless, firsts, counts), (~gapless, every, np.ones_like(every))):
         # A row for each tensor: numpy is asked once, not once for each of 80.
-        address, stride, page_bytes, offset, pitch = columns[:, tensors, None]
+        address, stride, page_bytes, offset, pitch = run.group.columns[:, tensors, None]
         pages = address + run.block_ids[at] * stride
-        ranges.append((pages, slot[at] + offset + position[at] * pitch, count * page_bytes))
+        slots = slot[at] + offset + position[at] * pitch
+        ranges.append((pages, slots, count * page_bytes))
     pages, slots, sizes = (
         np.concatenate([rows.ravel() for rows in both]) for both in zip(*ranges, strict=True)
     )
     return pages, slots, sizes
+
+
+def _followers(block_ids: Ids, position: Ids) -> tuple[Ids, Ids]:
+    """Blocks in series that follow each other in the cache and within a chunk: the places of the
+    first of each, and how many it has. `position`: of each block in its chunk."""
+    follows = np.zeros(len(block_ids), dtype=np.bool_)
+    follows[1:] = (np.diff(block_ids) == 1) & (position[1:] != 0)
+    firsts = np.flatnonzero(~follows)
+    return firsts, np.diff(np.append(firsts, len(block_ids)))
 
 
 def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:

@@ -120,7 +120,7 @@ class IndexRing:
         self._head = 0
 
     def _find(self, count: int) -> int | None:
-        """Where so many ids fit in one piece; None where they must wait."""
+        """Where so many ids fit side by side; None where they must wait."""
         if count > self.capacity:
             raise ValueError(f"ids: expected at most {self.capacity} in a segment, got {count}")
         if not self._taken:

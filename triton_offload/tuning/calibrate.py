@@ -9,13 +9,14 @@ import pathlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
 from triton_offload.device import Device, device_for
 from triton_offload.specs import Direction
+from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.tuning.calibration_file import Machine, cache_file, load, save
 from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
@@ -28,13 +29,9 @@ Name = TypeVar("Name")
 
 PAGE_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 PAGES = (16, 256, 4096)
-# Of one job of small pages; cheapest first: less memory, or fewer CTAs that the model would miss.
+# Of one job of small pages; cheapest first.
 _SMALL_PAGE_BYTES = 16 << 10
 _BUFFER_BYTES = (4 << 20, 8 << 20, 16 << 20, 32 << 20)
-_SHAPES = {
-    Path.STAGED: (LaunchShape(8, 8), None, LaunchShape(32, 8), LaunchShape(32, 4)),
-    Path.ZERO_COPY: (None, LaunchShape(4, 16), LaunchShape(4, 32), LaunchShape(8, 32)),
-}
 _STEPS = len(PAGE_BYTES) + 2
 
 
@@ -131,12 +128,9 @@ def _by_shape(
         if not rig.takes(path):
             return ()
         pipelines: dict[LaunchShape | None, Pipeline] = {}
-        for shape in _SHAPES[path]:
-            launches = (
-                replace(default, staged=shape)
-                if path is Path.STAGED
-                else replace(default, zero_copy=shape)
-            )
+        for shape in CROSSINGS[path].launch_shapes:
+            launch: dict[str, Any] = {path.value: shape}
+            launches = replace(default, **launch)
             options = PipelineOptions(path=path)
             pipelines[shape] = rig.pipeline(options, device_for(device, launches))
         return _both_ways(rig, pipelines)

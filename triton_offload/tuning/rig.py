@@ -19,6 +19,7 @@ from triton_offload.device.base import Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 
 RIG_BYTES = 64 << 20  # 1.2 ms of a Gen5 x16 link: several segments, and more than caches hold
@@ -93,7 +94,8 @@ class Rig:
 
     def takes(self, path: Path) -> bool:
         """Whether pipelines here take the path, if told to."""
-        return path is not Path.ZERO_COPY or (self._device.maps_host_memory and self.pool.pinned)
+        reaches_pool = self._device.maps_host_memory and self.pool.pinned
+        return reaches_pool or CROSSINGS[path].where_unmapped is None
 
     def pipelines(self, buffer_bytes: int) -> dict[Path, Pipeline]:
         """One for each path that they take."""

@@ -1,0 +1,76 @@
+"""A job on its way through a lane: what is known of it, what it is made of, what is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from triton_offload.calibration import Path
+from triton_offload.device.base import Event
+from triton_offload.specs import Direction, TransferResult
+from triton_offload.transfer.layout import GroupRun
+from triton_offload.transfer.segment import Gate, Queued
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One transfer, from submission to its report.
+
+    `lane`: its name. `sequence`: its number among the lane's jobs. `compute`: what was queued on
+    the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
+    something of it may be queued. `start`: None where it could not be marked, and the job is not
+    timed. `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page
+    or a slot any more, `result` says how it ended, and it keeps neither ids nor events.
+    """
+
+    job_id: int
+    direction: Direction
+    lane: str
+    sequence: int
+    num_bytes: int
+    runs: list[GroupRun]
+    compute: Event | None
+    after: list[Job]
+    planned: Iterator[Planned] | None = None
+    held: Planned | None = None  # taken from `planned`, not queued yet
+    pages: Gate | None = None
+    slots: Gate | None = None
+    start: Event | None = None
+    end: Event | None = None
+    last: Queued | None = None
+    started: bool = False
+    queued: bool = False
+    finished: bool = False
+    cancelled: bool = False
+    error: BaseException | None = None
+    result: TransferResult | None = None
+
+    @property
+    def released(self) -> Event | None:
+        """Once all of it is queued: what its pages are the engine's after (ordering rule 3)."""
+        # Of a job that failed, what came after its last whole segment may still touch them.
+        return self.end if self.last is None or self.error is not None else self.last.released
+
+
+class Planned(NamedTuple):
+    """What one segment is made of, and the path that it is to cross by."""
+
+    path: Path
+    run: GroupRun
+
+
+@dataclass(slots=True)
+class InFlight:
+    """What the lane waits for next: a queued segment, or the end of a job (`ends`).
+
+    `holds_ids`: the oldest ids in the ring are free when it is over.
+    """
+
+    job: Job
+    events: tuple[Event, ...]
+    done: Event
+    num_ops: int
+    num_bytes: int = 0
+    holds_ids: bool = False
+    ends: bool = False

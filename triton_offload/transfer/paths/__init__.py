@@ -1,0 +1,1 @@
+"""How a segment crosses, by each path: a file for each."""

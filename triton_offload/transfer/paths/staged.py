@@ -1,0 +1,77 @@
+"""Staged: a kernel gathers into a staging buffer, and the copy engine moves that to the slots."""
+
+from __future__ import annotations
+
+from triton_offload.calibration import LaunchShape, Path
+from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.paths.base import Crossing, Role
+from triton_offload.transfer.ranges import positions
+from triton_offload.transfer.segment import Gate, Queued, Segment
+
+
+class Staged(Crossing):
+    store_roles = (Role.KERNELS, Role.COPIES)
+    load_roles = (Role.COPIES, Role.KERNELS)
+    stands_in = Path.COPY_ENGINE
+    launch_shapes = (LaunchShape(8, 8), None, LaunchShape(32, 8), LaunchShape(32, 4))
+
+    def store(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
+        device, kernels, copies = streams.device, streams.kernels, streams.copies
+        run, packed = segment.run, segment.run.group.packed
+        buffer = streams.take_buffer(kernels)
+        staging = buffer.slots(packed)
+        if buffer.holds is not packed:
+            if run.group.has_gaps:
+                device.fill_zero(buffer.memory, kernels)
+            buffer.holds = packed
+        for chunk in segment.marks.unfilled:
+            device.fill_zero(staging[chunk], kernels)
+        pages.hold(kernels)  # ordering rule 1
+        device.gather(
+            packed,
+            segment.block_ids,
+            staging,
+            streams.places(len(run.slot_ids)),
+            run.first,
+            kernels,
+            zero_copy=False,
+        )
+        gathered = streams.record(kernels)
+        device.wait(copies, gathered)
+        slots.hold(copies)  # ordering rule 6
+        ops = 6 + streams.clear(segment, copies, segment.marks.stale)
+        for chunk in segment.marks.kept:  # ordering rule 8: the slot keeps its other bytes
+            begin, end = run.blocks_of_chunk(chunk)
+            slot = streams.pool.slots[int(run.slot_ids[chunk])]
+            for ours, theirs in zip(packed.pages, run.group.table.pages, strict=True):
+                there = positions(slot, theirs, begin, end)
+                device.copy(there, positions(staging[chunk], ours, begin, end), copies)
+                ops += 1
+        ops += streams.copy_chunks(run, staging, segment.marks.kept)
+        done = streams.record(copies)
+        buffer.free_after = done
+        return Queued(gathered, done, (gathered, done), ops)
+
+    def load(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
+        device, kernels, copies = streams.device, streams.kernels, streams.copies
+        run, packed = segment.run, segment.run.group.packed
+        buffer = streams.take_buffer(copies)
+        staging = buffer.slots(packed)
+        slots.hold(copies)  # ordering rule 6
+        # Ordering rule 2: into private staging at once; only the scatter waits for compute.
+        ops = 5 + streams.copy_chunks(run, staging, ())
+        copied = streams.record(copies)
+        device.wait(kernels, copied)
+        pages.hold(kernels)  # ordering rule 2
+        device.scatter(
+            packed,
+            segment.block_ids,
+            staging,
+            streams.places(len(run.slot_ids)),
+            run.first,
+            kernels,
+            zero_copy=False,
+        )
+        done = streams.record(kernels)
+        buffer.free_after = done
+        return Queued(done, done, (copied, done), ops)

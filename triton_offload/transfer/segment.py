@@ -1,0 +1,52 @@
+"""A segment: the part of a job that is queued at once, and what it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from triton_offload.device.base import Device, Event, Stream
+from triton_offload.transfer.contents import SlotMarks
+from triton_offload.transfer.layout import GroupRun
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The part of a job that is queued at once, its ids where kernels read them."""
+
+    run: GroupRun
+    block_ids: torch.Tensor
+    slot_ids: torch.Tensor
+    marks: SlotMarks
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Events of a queued segment, in the order in which they are reached.
+
+    `released`: its pages may be overwritten (a store's) or read (a load's). `done`: every byte
+    has landed, and nothing of the segment touches page, slot or ids any more. A failure of the
+    segment is raised by the query of one of `events`.
+    """
+
+    released: Event
+    done: Event
+    events: tuple[Event, ...]
+    num_ops: int
+
+
+class Gate:
+    """Events that a job's work must follow. A stream waits for them once, then keeps the order."""
+
+    def __init__(self, device: Device, events: Iterable[Event]) -> None:
+        self._device = device
+        self._events = tuple(events)
+        self._passed: list[Stream] = []
+
+    def hold(self, stream: Stream) -> None:
+        if not any(stream is passed for passed in self._passed):
+            for event in self._events:
+                self._device.wait(stream, event)
+            self._passed.append(stream)
