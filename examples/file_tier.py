@@ -16,10 +16,7 @@ from pathlib import Path
 
 import torch
 
-from triton_offload import KVOffloader
-from triton_offload.job import OffloadJob
-from triton_offload.medium import ChunkSpec
-from triton_offload.specs import LoadStoreSpec
+from triton_offload import ChunkSpec, KVOffloader, LoadStoreSpec, OffloadJob
 
 _HEADER = struct.Struct("<8sQI")  # magic, blocks of the chunk, crc32 of what follows
 _MAGIC = b"kvchunk1"

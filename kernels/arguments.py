@@ -5,9 +5,11 @@ Needs numpy alone: the side that schedules uses it without torch.
 
 from __future__ import annotations
 
+import math
 import operator
 import reprlib
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,11 +32,31 @@ def as_integer(name: str, value: Any, least: int = 0) -> int:
         number = operator.index(value)
     except TypeError:
         raise ValueError(
-            f"{name}: expected an integer of at least {least}, got {reprlib.repr(value)}"
+            f"{name}: expected an integer of at least {least}, got {shown(value)}"
         ) from None
     if number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {number}")
     return number
+
+
+def as_seconds(name: str, value: Any) -> float | None:
+    """``value``, any real number of Python or numpy, as a float; None is for ever.
+
+    Raises:
+        ValueError: Names the argument: not a number, or not one at all (nan).
+    """
+    if value is None:
+        return None
+    # A bool is a number by its class, and a string is made one by `float`.
+    wrong = isinstance(value, bool | np.bool_) or not isinstance(value, Real)
+    if wrong or math.isnan(value):
+        raise ValueError(f"{name}: expected seconds or None, got {shown(value)}")
+    return float(value)
+
+
+def shown(value: object) -> str:
+    """``value`` as errors show it: shortened, in one line."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def as_ids(name: str, ids: Sequence[int] | npt.NDArray[np.integer] | Any) -> IdArray:
@@ -85,7 +107,7 @@ def _refusal(name: str, ids: Any, array: npt.NDArray[Any] | None = None) -> str:
     if shape is not None:
         got = f"shape {tuple(shape)} of {ids.dtype} on {getattr(ids, 'device', 'cpu')}"
     else:
-        got = reprlib.repr(ids)
+        got = shown(ids)
         if array is not None and array.dtype != object and array.ndim:
             got += f", an array of {array.dtype}"
     return f"{name}: expected a one-dimensional sequence of integers, got {got}"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .arguments import IdArray, as_ids, as_integer
+from .arguments import IdArray, as_ids, as_integer, shown
 
 Ids: TypeAlias = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 Direction: TypeAlias = Literal["gather", "scatter"]
@@ -140,7 +140,7 @@ class PageTable:
                 index, page_bytes = ref
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"{label}: expected (tensor index, page bytes), got {ref!r}"
+                    f"{label}: expected (tensor index, page bytes), got {shown(ref)}"
                 ) from None
             index, page_bytes = as_integer(label, index), as_integer(label, page_bytes)
             if index >= len(self.pages):
@@ -309,6 +309,11 @@ def alignment_of(*parts: int) -> int:
     return bits & -bits
 
 
+def _label(key: object) -> str:
+    """A name in full, however long."""
+    return repr(key) if isinstance(key, str) else shown(key)
+
+
 def _named_tensors(
     name: str, tensors: Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
@@ -317,7 +322,7 @@ def _named_tensors(
         got = "one tensor" if isinstance(tensors, torch.Tensor) else type(tensors).__name__
         raise ValueError(f"{name}: expected a list or dict of tensors, got {got}")
     items = tensors.items() if isinstance(tensors, Mapping) else enumerate(tensors)
-    named = [(f"{name}[{key!r}]", tensor) for key, tensor in items]
+    named = [(f"{name}[{_label(key)}]", tensor) for key, tensor in items]
     if not named:
         raise ValueError(f"{name}: expected at least one tensor, got none")
     for label, tensor in named:

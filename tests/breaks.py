@@ -30,7 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "breaks"
 #: what a copy needs
-PARTS = ("triton_offload", "kernels", "tests", "bench", "tools", "pyproject.toml", "README.md")
+FOLDERS = ("triton_offload", "kernels", "tests", "bench", "tools", "examples", "docs")
+PARTS = (*FOLDERS, "pyproject.toml", "README.md")
 TIMEOUT_SECONDS = 180
 
 

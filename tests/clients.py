@@ -12,9 +12,14 @@ import numpy as np
 import torch
 from model_world import Bytes, Offer, Span, World
 
-from triton_offload.job import OffloadJob, TransferFailedError
-from triton_offload.offloader import PoolFullError
-from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
+from triton_offload.errors import (
+    PendingKeyError,
+    PoolFullError,
+    TransferFailedError,
+    UnknownKeyError,
+    UnwrittenBlocksError,
+)
+from triton_offload.job import OffloadJob
 from triton_offload.specs import Direction, TransferStatus
 from triton_offload.testing import InjectedError
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from triton_offload.calibration import LaunchShape
-from triton_offload.device import DeviceLostError, cuda
+from triton_offload.device import cuda
 from triton_offload.device.cuda import CUDADevice, launch_config
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
 

@@ -15,8 +15,9 @@ import torch
 from schedules import CROSSING_PATHS, HYBRID, NUM_BUFFERS, SINGLE
 
 from triton_offload.calibration import Path, PathTable
+from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.offloader import KVOffloader, PoolFullError
+from triton_offload.offloader import KVOffloader
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import (
     CPULoadStoreSpec,

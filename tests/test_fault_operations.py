@@ -10,8 +10,7 @@ from fault_levels import LEVELS, OffloaderWorld, begun
 from fault_worlds import NUM_CHUNKS, Job
 
 from triton_offload.calibration import Path
-from triton_offload.device.base import DeviceLostError
-from triton_offload.offloader import PoolFullError
+from triton_offload.errors import DeviceLostError, PoolFullError
 from triton_offload.specs import CPULoadStoreSpec, Direction, LoadStoreSpec
 from triton_offload.testing import InjectedError
 from triton_offload.transfer.function_worker import FunctionWorker

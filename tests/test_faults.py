@@ -15,7 +15,7 @@ from fault_levels import LEVELS, OffloaderWorld, QueueWorld, begun
 from fault_worlds import EVERY, SEAM, WAITING, causes
 
 from triton_offload.calibration import Path
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 

@@ -13,8 +13,8 @@ import pytest
 
 from triton_offload import KVOffloader
 from triton_offload.calibration import Path
-from triton_offload.job import OffloadJob, TransferFailedError
-from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError
+from triton_offload.errors import PendingKeyError, TransferFailedError, UnknownKeyError
+from triton_offload.job import OffloadJob
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
 from triton_offload.transfer.pipeline import PipelineOptions

@@ -17,7 +17,7 @@ from gated import GatedDevice
 
 import triton_offload.offloader as offloader_module
 from triton_offload import KVOffloader, ledger
-from triton_offload.job import TransferFailedError
+from triton_offload.errors import TransferFailedError
 from triton_offload.specs import TransferResult, TransferStatus
 from triton_offload.transfer.pipeline import PipelineOptions
 

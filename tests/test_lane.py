@@ -8,7 +8,7 @@ from gated import GatedDevice
 from pipelines import PipelineWorld
 
 from triton_offload.calibration import Path
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
 from triton_offload.transfer.segment import Gate

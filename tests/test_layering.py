@@ -16,10 +16,11 @@ LAYERS = [
     {"scheduler", "transfer", "pool", "tuning", "doctor", "cli"},  # nothing but their names
     {"kernels.arguments"},  # numpy alone
     {"scheduler.order", "scheduler.free_slots"},
-    {"version", "process_lock", "closing", "specs", "sizes", "kernels.table"},
+    {"version", "process_lock", "closing", "errors", "specs", "sizes", "kernels.table"},
     {"vllm.versions", "cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
-    {"medium", "scheduler.base", "scheduler.orphans", "kernels.tiling", "kernels.reference"},
+    {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
+    {"medium", "kernels.tiling", "kernels.reference"},
     {"transfer.options", "device.threads", "pool.memory_limits"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},
@@ -123,6 +124,7 @@ def test_imports_point_one_way(name):
         ("triton_offload.tuning.calibration_file", ["torch", "triton", "vllm"]),
         ("triton_offload.tuning.fitting", ["torch", "triton", "vllm"]),
         ("triton_offload", ["torch", "triton", "vllm", "numpy"]),
+        ("triton_offload.errors", ["torch", "triton", "vllm", "numpy"]),
         ("triton_offload.scheduler.manager", ["torch", "triton", "vllm"]),
         ("triton_offload.offloader", ["vllm", "typer", "rich"]),
         ("triton_offload.kernels.pages", ["triton_offload.specs", "vllm"]),

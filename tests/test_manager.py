@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from triton_offload.errors import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.scheduler.manager import (
     ChunkState,
     CPUOffloadingManager,
     OffloadingEvent,
     OffloadingManager,
-    PendingKeyError,
     PrepareStoreOutput,
-    UnknownKeyError,
-    UnwrittenBlocksError,
 )
 
 A, B, C, D = b"a", b"b", b"c", b"d"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from triton_offload.job import TransferFailedError
+from triton_offload.job import OffloadJob, TransferFailedError
 from triton_offload.kernels.table import PageTable
 from triton_offload.medium import ChunkSpec
 from triton_offload.offloader import KVOffloader, PoolFullError
@@ -539,23 +539,26 @@ def test_threads_that_store_load_export_import_and_reset_see_no_wrong_byte():
 
     def serve(offloader: KVOffloader, number: int) -> None:
         rng, own = random.Random(number), [18 + 2 * number, 19 + 2 * number]
+        jobs: list[OffloadJob] = []
         for _ in range(150):
             i = rng.randrange(8)
             key, blocks = b"%d" % i, [2 * i, 2 * i + 1]
             with suppress(UnknownKeyError, PendingKeyError, PoolFullError):
                 match rng.choice(["store", "load", "export", "import", "import", "reset"]):
                     case "store":
-                        offloader.store([key], blocks)
+                        jobs.append(offloader.store([key], blocks))
                     case "load":
                         offloader.load([key], own).wait(60)
                         for tensor, right in zip(kv, want, strict=True):
                             assert torch.equal(tensor[own], right[blocks])
                     case "export":
-                        offloader.export_chunks([key], shelf)
+                        jobs.append(offloader.export_chunks([key], shelf))
                     case "import" if (0, key) in shelf.kept:
-                        offloader.import_chunks([key], shelf)
+                        jobs.append(offloader.import_chunks([key], shelf))
                     case "reset" if rng.random() < 0.2:
                         offloader.reset()
+            if jobs and rng.random() < 0.5:
+                jobs.pop(rng.randrange(len(jobs))).wait(60)
 
     def run(offloader: KVOffloader, number: int) -> None:
         try:

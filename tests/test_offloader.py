@@ -12,9 +12,13 @@ from gated import GatedDevice
 import triton_offload.offloader as offloader_module
 from triton_offload import KVOffloader
 from triton_offload.calibration import Path
-from triton_offload.job import TransferFailedError
-from triton_offload.offloader import PoolFullError
-from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
+from triton_offload.errors import (
+    PendingKeyError,
+    PoolFullError,
+    TransferFailedError,
+    UnknownKeyError,
+    UnwrittenBlocksError,
+)
 from triton_offload.sizes import format_bytes, parse_bytes
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice

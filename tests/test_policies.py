@@ -1,4 +1,4 @@
-"""LRU and ARC: alone, and below a manager that random actions drive.
+"""LRU, ARC and the SIEVE of the examples: alone, and below a manager that random actions drive.
 
 The manager's answers are compared with those of a plain model; for LRU these include which chunk
 is evicted.
@@ -13,18 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sieve_policy import SIEVEPolicy
 from steps import count_steps
 
+from triton_offload.errors import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.scheduler.free_slots import FreeSlots
 from triton_offload.scheduler.manager import (
     ChunkState,
     CPUOffloadingManager,
     OffloadingEvent,
-    PendingKeyError,
-    UnknownKeyError,
-    UnwrittenBlocksError,
 )
-from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, LRUPolicy
+from triton_offload.scheduler.policies import (
+    ARCPolicy,
+    EvictionPolicy,
+    LRUPolicy,
+    PolicyChoice,
+)
 
 A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"
 NOBODY: set[bytes] = set()
@@ -340,8 +344,8 @@ masks = st.lists(st.integers(1, 7), min_size=5, max_size=5)
 class ManagerMachine(RuleBasedStateMachine):
     """Every operation in any order; the manager's answers are compared with the model's."""
 
-    @initialize(num_chunks=st.integers(2, 5), policy=st.sampled_from(["lru", "arc"]))
-    def start(self, num_chunks: int, policy: str) -> None:
+    @initialize(num_chunks=st.integers(2, 5), policy=st.sampled_from(["lru", "arc", SIEVEPolicy]))
+    def start(self, num_chunks: int, policy: PolicyChoice) -> None:
         self.manager = CPUOffloadingManager(num_chunks, policy, 3, enable_events=True)
         self.lru = policy == "lru"
         self.live: dict[bytes, Model] = {}

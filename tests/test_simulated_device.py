@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import random_pages
 
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import reference
 from triton_offload.kernels.table import PageTable
 from triton_offload.testing import InjectedError, RaceError, SimulatedDevice, Stuck

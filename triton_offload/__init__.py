@@ -8,18 +8,79 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from triton_offload.version import __version__ as __version__
+from triton_offload.version import __version__
 
 if TYPE_CHECKING:
-    from triton_offload.offloader import KVOffloader as KVOffloader
+    from triton_offload.calibration import Calibration
+    from triton_offload.errors import (
+        DeviceLostError,
+        PendingKeyError,
+        PoolFullError,
+        TransferFailedError,
+        UnknownKeyError,
+        UnwrittenBlocksError,
+    )
+    from triton_offload.job import OffloadJob
+    from triton_offload.medium import ChunkSpec
+    from triton_offload.offloader import KVOffloader
+    from triton_offload.scheduler.base import OffloadingEvent
+    from triton_offload.scheduler.policies import EvictionPolicy
+    from triton_offload.specs import Direction, LoadStoreSpec, TransferResult, TransferStatus
+    from triton_offload.stats import OffloadingStats
+    from triton_offload.transfer.options import PipelineOptions
 
-_EXPORTS = {"KVOffloader": "triton_offload.offloader"}
+__all__ = [
+    "Calibration",
+    "ChunkSpec",
+    "DeviceLostError",
+    "Direction",
+    "EvictionPolicy",
+    "KVOffloader",
+    "LoadStoreSpec",
+    "OffloadJob",
+    "OffloadingEvent",
+    "OffloadingStats",
+    "PendingKeyError",
+    "PipelineOptions",
+    "PoolFullError",
+    "TransferFailedError",
+    "TransferResult",
+    "TransferStatus",
+    "UnknownKeyError",
+    "UnwrittenBlocksError",
+    "__version__",
+]
 
-__all__ = ["KVOffloader", "__version__"]
+_MODULE_OF = {
+    "Calibration": "calibration",
+    "ChunkSpec": "medium",
+    "DeviceLostError": "errors",
+    "Direction": "specs",
+    "EvictionPolicy": "scheduler.policies",
+    "KVOffloader": "offloader",
+    "LoadStoreSpec": "specs",
+    "OffloadJob": "job",
+    "OffloadingEvent": "scheduler.base",
+    "OffloadingStats": "stats",
+    "PendingKeyError": "errors",
+    "PipelineOptions": "transfer.options",
+    "PoolFullError": "errors",
+    "TransferFailedError": "errors",
+    "TransferResult": "specs",
+    "TransferStatus": "specs",
+    "UnknownKeyError": "errors",
+    "UnwrittenBlocksError": "errors",
+}
 
 
 def __getattr__(name: str) -> object:
-    module = _EXPORTS.get(name)
+    module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = found  # from now on, as any other
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

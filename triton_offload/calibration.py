@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal, TypeAlias
 
 from triton_offload.specs import Direction
 
@@ -19,6 +20,11 @@ class Path(Enum):
     STAGED = "staged"  # a kernel gathers into a staging buffer, the copy engine moves that
     ZERO_COPY = "zero_copy"  # a kernel reads or writes mapped host memory
     COPY_ENGINE = "copy_engine"  # the copy engine alone, a range for pages that lie together
+
+
+#: what a user may ask for; "auto": the table decides
+PathName: TypeAlias = Literal["staged", "zero_copy", "copy_engine"]
+PathChoice: TypeAlias = PathName | Literal["auto"]
 
 
 def _check(name: str, value: int, least: int, most: int = 1 << 62) -> None:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from triton_offload.errors import TransferFailedError
+from triton_offload.kernels.arguments import as_seconds
 from triton_offload.specs import Direction, TransferResult
-
-
-class TransferFailedError(RuntimeError):
-    """A job did not move all of its bytes; the cause is in `result.error`."""
-
-    def __init__(self, result: TransferResult) -> None:
-        super().__init__(f"job {result.job_id} {result.status.value}: {result.error}")
-        self.result = result
 
 
 class JobOwner(Protocol):
@@ -85,6 +79,7 @@ class OffloadJob:
 
     def block(self, timeout: float | None = None) -> None:
         """Block until the job has ended, well or not. Raises TimeoutError."""
+        timeout = as_seconds("timeout", timeout)
         owner = self._owner
         if owner is not None:
             owner._block(self, timeout)

@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from triton_offload.calibration import Calibration
+from triton_offload.calibration import Calibration, PathChoice
 from triton_offload.device import Device, device_for
+from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.kernels.arguments import as_integer
+from triton_offload.kernels.arguments import as_integer, as_seconds, shown
 from triton_offload.kernels.table import check_ids
 from triton_offload.ledger import Entry, JobLedger
 from triton_offload.medium import ChunkSpec, check_kind, check_spec
 from triton_offload.pool.host_pool import HostPool
+from triton_offload.pool.memory_limits import check_memory
 from triton_offload.process_lock import ProcessLock
 from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
 from triton_offload.scheduler.manager import (
@@ -33,7 +35,7 @@ from triton_offload.scheduler.manager import (
     OffloadingEvent,
     PrepareStoreOutput,
 )
-from triton_offload.scheduler.policies import Key
+from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
 from triton_offload.specs import (
     CPULoadStoreSpec,
@@ -56,22 +58,24 @@ from triton_offload.tuning.calibrate import calibration_for
 BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 
 
-class PoolFullError(RuntimeError):
-    """No room in the host pool that is not pinned by transfers under way."""
-
-
 class KVOffloader:
     """Offloads chunks of a KV cache to host memory under keys, and loads them back.
 
     Args:
         kv_caches: `[num_blocks, ...]` tensors, all on one device: a list, or a dict by name. They
-            stay the caller's. A block is one page in every tensor of its group.
+            stay the caller's. A block is one page in every tensor of its group. Of a layer whose K
+            and V are one tensor `[2, num_blocks, ...]`, give the two:
+            `[half for tensor in tensors for half in tensor]`. Its first dimension would be taken
+            for two blocks otherwise.
         host_bytes: size of the host pool, an int or a string ("8GiB").
         blocks_per_chunk: consecutive blocks that are offloaded, looked up and evicted together.
         groups: for hybrid models, the tensors of each KV cache group, by name (dict) or index
             (list); None: one group of all.
         path: "staged", "zero_copy", "copy_engine", or "auto".
-        policy: which chunks are evicted, "lru" or "arc".
+        policy: which chunks are evicted: "lru", "arc", or a class or function of your own that
+            makes an `EvictionPolicy` of the number of chunks. Where that one raises, or names what
+            may not be evicted, a store that needs room raises RuntimeError, with nothing changed,
+            until a `reset`; everything else works on.
         enable_events: record what is stored and removed for `take_events`.
         calibration: what was measured of this machine. "auto": what is kept in the user's cache;
             where that is nothing, a GPU is measured here and now, once, for some seconds, and CPU
@@ -97,15 +101,18 @@ class KVOffloader:
         blocks_per_chunk: int = 1,
         *,
         groups: Sequence[Sequence[int | str]] | None = None,
-        path: str = "auto",
-        policy: str = "lru",
+        path: PathChoice = "auto",
+        policy: PolicyChoice = "lru",
         enable_events: bool = False,
         calibration: Calibration | str | os.PathLike[str] = "auto",
         options: PipelineOptions | None = None,
         device: Device | None = None,
     ) -> None:
         self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
+        if device is not None and (isinstance(device, type) or not hasattr(device, "check_stream")):
+            raise TypeError(f"device: expected a Device or None, got {shown(device)}")
         size = parse_bytes("host_bytes", host_bytes)
+        check_memory("host_bytes", size)  # before anything grows with it
         num_chunks = size // self._layout.slot_bytes
         if num_chunks < 1:
             raise ValueError(
@@ -163,11 +170,14 @@ class KVOffloader:
         already are not moved again; those that another job is storing, the job waits for.
 
         Raises PoolFullError where nothing more can be evicted, ValueError for wrong arguments,
-        RuntimeError when closed; nothing has changed then. Raises what the device does, too, where
-        it refuses the store; no more has changed then than that chunks may have been evicted.
+        RuntimeError when closed or where a policy of yours failed; nothing has changed then. Raises
+        what the device does, too, where it refuses the store; no more has changed then than that
+        chunks may have been evicted.
         """
         with self._lock:
-            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=False)
+            stored, span, ids = self._request(
+                keys, block_ids, first_block, group, stream, distinct=False
+            )
             output = self._reserve(stored, span.masks())
             entry = self._entry(Direction.STORE, output.keys_to_store)
             place = {key: i for i, key in enumerate(stored)}
@@ -213,7 +223,9 @@ class KVOffloader:
         changed then.
         """
         with self._lock:
-            stored, span, ids = self._request(keys, block_ids, first_block, group, distinct=True)
+            stored, span, ids = self._request(
+                keys, block_ids, first_block, group, stream, distinct=True
+            )
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
             entry = self._entry(Direction.LOAD, stored)
@@ -281,6 +293,8 @@ class KVOffloader:
 
         Raises ValueError for a job of another offloader.
         """
+        if not isinstance(job, OffloadJob):
+            raise TypeError(f"job: expected an OffloadJob, got {shown(job)}")
         with self._lock:
             self._collect()
             entry = self._ledger.entry_of(job)
@@ -325,6 +339,7 @@ class KVOffloader:
         does not finish; a later call tries again. Other errors of the device are raised when all
         that can be freed is. Does nothing in a fork of the process that made the offloader.
         """
+        timeout = as_seconds("timeout", timeout)
         if self._lock.foreign or not self._finalizer.alive:
             return
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -457,11 +472,13 @@ class KVOffloader:
         block_ids: BlockIds,
         first_block: int,
         group: int,
+        stream: Any,
         *,
         distinct: bool,
     ) -> tuple[list[Key], ChunkSpan, Ids]:
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
+        self._pool.device.check_stream(stream)
         if self._pool.device.capturing():
             raise RuntimeError("the current stream captures a graph: expected no transfers in it")
         stored = self._offload_keys(keys, group)

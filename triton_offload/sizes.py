@@ -7,6 +7,8 @@ import operator
 import re
 from decimal import Decimal
 
+from triton_offload.kernels.arguments import shown
+
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
@@ -30,7 +32,7 @@ def parse_bytes(name: str, size: int | str) -> int:
             number = operator.index(size)
             if number >= 0:
                 return number
-    raise ValueError(f'{name}: expected a number of bytes, or one like "8GiB", got {size!r}')
+    raise ValueError(f'{name}: expected a number of bytes, or one like "8GiB", got {shown(size)}')
 
 
 def format_bytes(num_bytes: float) -> str:

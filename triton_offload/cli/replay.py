@@ -10,14 +10,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.calibration import PathChoice
 from triton_offload.cli.models import geometry
+from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.offloader import KVOffloader, PoolFullError
+from triton_offload.offloader import KVOffloader
+from triton_offload.scheduler.policies import PolicyChoice
 from triton_offload.sizes import format_bytes
 from triton_offload.specs import Ids
 
@@ -287,8 +291,8 @@ class _Replay:
             self._cache.tensors,
             host_bytes=options.num_chunks * options.chunk_bytes,
             blocks_per_chunk=options.blocks_per_chunk,
-            policy=options.policy,
-            path=options.path,
+            policy=cast(PolicyChoice, options.policy),  # what the user typed is checked there
+            path=cast(PathChoice, options.path),
         ) as offloader:
             for number, ids in enumerate(self._requests):
                 if interrupted():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from triton_offload.calibration import Calibration
-from triton_offload.device.base import Device, DeviceLostError
+from triton_offload.device.base import Device
 
 
 def device_for(device: torch.device, calibration: Calibration | None = None) -> Device:
@@ -26,4 +26,4 @@ def device_for(device: torch.device, calibration: Calibration | None = None) -> 
     raise ValueError(f"kv_caches: expected tensors on a cpu or cuda device, got some on {device}")
 
 
-__all__ = ["Device", "DeviceLostError", "device_for"]
+__all__ = ["Device", "device_for"]

@@ -27,10 +27,6 @@ Stream = Any
 Event = Any
 
 
-class DeviceLostError(RuntimeError):
-    """The device reports an error that nothing queued on it will survive."""
-
-
 class Background(Protocol):
     """A function that the device calls again and again beside its callers."""
 

@@ -21,9 +21,10 @@ from triton_offload.calibration import (
     LaunchShape,
     default_calibration,
 )
-from triton_offload.device.base import DeviceLostError
 from triton_offload.device.realtime import RealTime
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
+from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable, alignment_of
 from triton_offload.specs import Ids
 
@@ -59,7 +60,7 @@ class CUDADevice(RealTime):
             return
         if not isinstance(stream, torch.cuda.Stream) or stream.device != self.torch_device:
             raise ValueError(
-                f"stream: expected a torch.cuda.Stream on {self.torch_device}, got {stream!r}"
+                f"stream: expected a torch.cuda.Stream on {self.torch_device}, got {shown(stream)}"
             )
 
     def capturing(self) -> bool:

@@ -18,6 +18,7 @@ from triton_offload.calibration import HOST_PATHS
 from triton_offload.device import host_pages
 from triton_offload.device.realtime import RealTime
 from triton_offload.device.threads import OwnThread
+from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
@@ -140,7 +141,7 @@ class HostDevice(RealTime):
         if stream is not None and not isinstance(stream, HostStream):
             raise ValueError(
                 "stream: expected None, or one that `new_stream` of the host device made (what a "
-                f"program computes on the CPU is done when it calls), got {stream!r}"
+                f"program computes on the CPU is done when it calls), got {shown(stream)}"
             )
 
     def capturing(self) -> bool:

@@ -11,18 +11,6 @@ from triton_offload.scheduler.order import Key
 from triton_offload.specs import CPULoadStoreSpec
 
 
-class UnknownKeyError(KeyError):
-    """A key that the pool doesn't hold (never stored, evicted, dropped by a reset)."""
-
-
-class PendingKeyError(KeyError):
-    """A key whose first store hasn't been completed."""
-
-
-class UnwrittenBlocksError(ValueError):
-    """A load wants blocks of a chunk that none of its stores has written."""
-
-
 class ChunkState(Enum):
     """What the pool knows of a key."""
 

@@ -14,21 +14,20 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from triton_offload.errors import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.kernels.arguments import as_integer
 from triton_offload.scheduler.base import (
     ChunkState,
     OffloadingEvent,
     OffloadingManager,
-    PendingKeyError,
     PrepareStoreOutput,
-    UnknownKeyError,
-    UnwrittenBlocksError,
 )
 from triton_offload.scheduler.chunks import positions
 from triton_offload.scheduler.free_slots import FreeSlots
+from triton_offload.scheduler.guarded_policy import make_policy
 from triton_offload.scheduler.order import Key
 from triton_offload.scheduler.orphans import Orphans
-from triton_offload.scheduler.policies import ARCPolicy, EvictionPolicy, LRUPolicy
+from triton_offload.scheduler.policies import PolicyChoice
 from triton_offload.specs import CPULoadStoreSpec, Direction
 
 __all__ = [
@@ -36,15 +35,12 @@ __all__ = [
     "ChunkState",
     "OffloadingEvent",
     "OffloadingManager",
-    "PendingKeyError",
     "PrepareStoreOutput",
-    "UnknownKeyError",
-    "UnwrittenBlocksError",
 ]
 
 
 class CPUOffloadingManager(OffloadingManager):
-    """A pool of `num_chunks` slots in host memory with LRU or ARC eviction.
+    """A pool of `num_chunks` slots in host memory, with LRU, ARC or a policy of your own.
 
     Lookup, touch, prepare, complete and eviction are O(1) per key (freed slots are sorted
     within one call), reset is O(1) per chunk that it drops. Events are kept until they are taken,
@@ -61,27 +57,29 @@ class CPUOffloadingManager(OffloadingManager):
     are completed. A completion only names its key: where that has been stored anew since, the
     first completions (but `latest` ones) count for the old chunk, for loads and stores each.
 
-    Raises ValueError where `num_chunks` or `blocks_per_chunk` isn't an integer of at least 1, or
-    on an unknown policy.
+    `policy`: "lru", "arc", or what makes an `EvictionPolicy` of the number of chunks. One that
+    raises, or names what may not be evicted, is asked no more: `prepare_store` raises RuntimeError
+    where it would evict, until a `reset`, and everything else works on.
+
+    Raises ValueError where `num_chunks` or `blocks_per_chunk` isn't an integer of at least 1, or on
+    an unknown policy; TypeError where it is none.
     """
 
     def __init__(
         self,
         num_chunks: SupportsIndex,
-        policy: str = "lru",
+        policy: PolicyChoice = "lru",
         blocks_per_chunk: SupportsIndex = 1,
         enable_events: bool = False,
     ) -> None:
         num_chunks = as_integer("num_chunks", num_chunks, 1)
         blocks_per_chunk = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
-        if policy not in ("lru", "arc"):
-            raise ValueError(f"policy: expected 'lru' or 'arc', got {policy!r}")
         self._num_chunks = num_chunks
         self._every_block = (1 << blocks_per_chunk) - 1
-        self._policy: EvictionPolicy = (LRUPolicy if policy == "lru" else ARCPolicy)(num_chunks)
         # What is known of chunks lies in dicts by key, not in an object per chunk: so most calls
         # deal with all their keys inside one call of a dict. Only the first has every chunk.
         self._slot_of: dict[Key, int] = {}
+        self._policy = make_policy(policy, num_chunks, self._slot_of)
         self._partial: dict[Key, int] = {}  # blocks that can be loaded, where some but not all can
         self._storing: dict[Key, int] = {}  # blocks that the store under way writes
         self._loading: dict[Key, int] = {}  # number of loads under way

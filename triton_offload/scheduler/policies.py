@@ -1,4 +1,4 @@
-"""Which chunk leaves the host pool when another needs its place (LRU and ARC).
+"""Which chunk leaves the host pool when another needs its place: the interface, LRU and ARC.
 
 A chunk's place in the eviction order is that of its last use, and a transfer never moves it: a
 chunk that is to be stored has its place before its bytes land, together with the prefix it belongs
@@ -14,27 +14,36 @@ the most recent, whether they were there before or not, the last leaves first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from math import ceil
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from triton_offload.scheduler.order import Key, Order, pop_oldest
 
-__all__ = ["ARCPolicy", "EvictionPolicy", "Key", "LRUPolicy"]
+__all__ = ["ARCPolicy", "EvictionPolicy", "Key", "LRUPolicy", "PolicyChoice", "PolicyMaker"]
 
 
 class EvictionPolicy(Protocol):
-    """An eviction order over the keys of one pool. Each method is O(1) per key, but for chunks that
-    were in use when their turn came: these cost O(log of their number), once.
+    """An eviction order over the keys of one pool. One of your own is given as what makes it of
+    the number of chunks: `KVOffloader(..., policy=YourPolicy)`.
 
-    The caller keeps the preconditions (`admit` of unknown keys, `land` or `remove` of admitted
-    ones, and no eviction of them before; known keys elsewhere); breaking them is a KeyError or
-    leaves the order undefined.
+    A key's life: `admit`, then `land` or `remove`; while it is known, any `touch` and `refresh`; at
+    the end `evict` returns it, or `clear` forgets all. The caller keeps to that (`admit` of unknown
+    keys, `land` or `remove` of admitted ones, and no eviction of them before; known keys
+    elsewhere, one call may name some twice); what else may happen is a KeyError or an order
+    undefined. Keys come in the order of their prefix.
+
+    The methods are called under the lock of the offloader, and must not call it. LRU's and ARC's
+    are O(1) per key, but for chunks that were in use when their turn came: these cost O(log of their
+    number), once.
+
+    A method `_check(keys, busy)` that asserts what should hold, if there is one, is called in tests
+    with every key that is known.
     """
 
     def admit(self, keys: Sequence[Key]) -> None:
-        """Takes in keys that are about to be stored, as the most recent ones."""
+        """Takes in keys that are about to be stored, as the most recent ones. They are busy."""
 
     def land(self, keys: Sequence[Key]) -> None:
         """Tells that what was admitted has been stored, and is busy no more. It keeps its place."""
@@ -63,8 +72,9 @@ class EvictionPolicy(Protocol):
     def clear(self) -> None:
         """Forgets every key and all that was learnt."""
 
-    def _check(self, keys: Collection[Key], busy: AbstractSet[Key]) -> None:
-        """Asserts that exactly these keys are known, and more."""
+
+PolicyMaker: TypeAlias = Callable[[int], EvictionPolicy]
+PolicyChoice: TypeAlias = Literal["lru", "arc"] | PolicyMaker
 
 
 class LRUPolicy:

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 from triton_offload.testing.faults import Faults

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from triton_offload.calibration import CUDA_PATHS
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 from triton_offload.testing.background import Background

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from triton_offload.device.base import DeviceLostError
+from triton_offload.errors import DeviceLostError
 from triton_offload.testing.background import Background
 from triton_offload.testing.faults import Faults
 from triton_offload.testing.places import IdMemory, Places

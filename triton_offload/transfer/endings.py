@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from triton_offload.device.base import Device, DeviceLostError, Event
+from triton_offload.device.base import Device, Event
+from triton_offload.errors import DeviceLostError
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane_streams import LaneStreams
 

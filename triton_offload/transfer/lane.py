@@ -8,7 +8,8 @@ from contextlib import suppress
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.closing import Closing
-from triton_offload.device.base import Device, DeviceLostError, Event, Stream
+from triton_offload.device.base import Device, Event, Stream
+from triton_offload.errors import DeviceLostError
 from triton_offload.specs import Direction, TransferResult, TransferStatus
 from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.endings import Endings

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import ByteRun, PageTable, check_ids
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 
@@ -241,7 +242,7 @@ class GroupRun(NamedTuple):
 def _listed(name: str, values: Any) -> list[Any]:
     """The members of an argument that lists them; not of a string, nor the keys of a dict."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}: expected a list, got {values!r}")
+        raise ValueError(f"{name}: expected a list, got {shown(values)}")
     return list(values)
 
 
@@ -251,6 +252,6 @@ def _members(name: str, group: Any, index: Mapping[int | str, int]) -> list[int]
     for member in _listed(name, group):
         named = isinstance(member, str | int | np.integer) and not isinstance(member, bool)
         if not named or member not in index:  # True would be found where 1 is
-            raise ValueError(f"{name}: expected members of {list(index)}, got {member!r}")
+            raise ValueError(f"{name}: expected members of {list(index)}, got {shown(member)}")
         found.append(index[member])
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from triton_offload.calibration import Path, PathTable
+from triton_offload.calibration import Path, PathName, PathTable
+from triton_offload.kernels.arguments import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class PipelineOptions:
     Raises ValueError or TypeError naming the field, what was expected and what was given.
     """
 
-    path: Path | str | None = None
+    path: Path | PathName | None = None
     paths: PathTable | None = None
     buffer_bytes: int = 16 << 20
     num_buffers: int = 3
@@ -31,7 +32,7 @@ class PipelineOptions:
         if self.path is not None:
             object.__setattr__(self, "path", _path(self.path))
         if self.paths is not None and not isinstance(self.paths, PathTable):
-            raise TypeError(f"paths: expected a PathTable or None, got {self.paths!r}")
+            raise TypeError(f"paths: expected a PathTable or None, got {shown(self.paths)}")
         for name in ("buffer_bytes", "num_buffers", "max_indices", "window_bytes"):
             value = getattr(self, name)
             if name != "window_bytes" or value is not None:
@@ -40,7 +41,7 @@ class PipelineOptions:
 
 def _path(value: object) -> Path:
     if not isinstance(value, (Path, str)):
-        raise TypeError(f"path: expected a Path, its name or None, got {value!r}")
+        raise TypeError(f"path: expected a Path, its name or None, got {shown(value)}")
     try:
         return Path(value)
     except ValueError:
@@ -55,7 +56,7 @@ def _size(name: str, value: object) -> int:
             raise TypeError
         size = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+        raise TypeError(f"{name}: expected {expected}, got {shown(value)}") from None
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")
     return size

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
 
-from triton_offload.calibration import Calibration, Path
+from triton_offload.calibration import Calibration, Path, PathChoice
+from triton_offload.kernels.arguments import shown
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.process_lock import ProcessLock
 from triton_offload.specs import (
@@ -254,7 +255,7 @@ class OffloadingQueueManager:
 def transfer_queue(
     layout: CacheLayout,
     pool: HostPool,
-    path: str = "auto",
+    path: PathChoice = "auto",
     options: PipelineOptions | None = None,
     calibration: Calibration | None = None,
 ) -> OffloadingQueueManager:
@@ -266,9 +267,9 @@ def transfer_queue(
     """
     names = [choice.value for choice in Path]
     if path != "auto" and path not in names:
-        raise ValueError(f"path: expected one of {['auto', *names]}, got {path!r}")
+        raise ValueError(f"path: expected one of {['auto', *names]}, got {shown(path)}")
     if not isinstance(options, PipelineOptions | None):
-        raise TypeError(f"options: expected PipelineOptions, got {reprlib.repr(options)}")
+        raise TypeError(f"options: expected PipelineOptions, got {shown(options)}")
     if options is None:
         options = PipelineOptions(path=None if path == "auto" else Path(path))
         if calibration is not None:

@@ -15,6 +15,7 @@ import torch
 
 from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
 from triton_offload.device import Device, device_for
+from triton_offload.kernels.arguments import shown
 from triton_offload.specs import Direction
 from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
@@ -52,7 +53,7 @@ def calibration_for(
     if isinstance(choice, Calibration):
         return choice
     if not isinstance(choice, str | os.PathLike):
-        raise ValueError(f'calibration: expected "auto", "off" or a file, got {choice!r}')
+        raise ValueError(f'calibration: expected "auto", "off" or a file, got {shown(choice)}')
     default = default_calibration(device.type)
     if choice == "off":
         return default
