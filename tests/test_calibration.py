@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 from gated import GatedDevice
+from logs import logged, warned
 from terminal import columns
 from typer.testing import CliRunner
 
@@ -252,7 +253,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 
 def test_where_there_is_no_file_there_is_no_warning(tmp_path):
-    assert load(tmp_path / "none.json", MACHINE) is None
+    with logged() as records:
+        assert load(tmp_path / "none.json", MACHINE) is None
+    assert records == []
 
 
 def edited(**changes) -> str:
@@ -298,14 +301,14 @@ def edited(**changes) -> str:
 def test_a_broken_file_is_ignored_with_a_warning(tmp_path, text):
     file = tmp_path / "broken.json"
     file.write_text(text)
-    with pytest.warns(UserWarning, match=r"ignored, .*broken\.json is broken"):
+    with warned("tuning.calibration_file", r"ignored, .*broken\.json is broken"):
         assert load(file, MACHINE) is None
 
 
 def test_a_file_that_is_no_text_or_no_file_is_ignored_with_a_warning(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "binary.json", tmp_path):
-        with pytest.warns(UserWarning, match="is broken"):
+        with warned("tuning.calibration_file", "is broken"):
             assert load(file, MACHINE) is None
 
 
@@ -315,7 +318,7 @@ def test_a_file_of_another_machine_is_ignored_with_a_warning(tmp_path, field):
     assert cache_file(other) != cache_file(MACHINE)
     file = tmp_path / "foreign.json"
     save(file, other, MEASURED)
-    with pytest.warns(UserWarning, match=f"another machine: expected {field} .* got 'another'"):
+    with warned("tuning.calibration_file", f"another machine: expected {field} .* got 'another'"):
         assert load(file, MACHINE) is None
 
 
@@ -379,7 +382,7 @@ def test_off_measures_and_reads_nothing(gpu):
 def test_a_broken_file_in_the_cache_is_measured_anew(gpu):
     cache_file(MACHINE).parent.mkdir(parents=True)
     cache_file(MACHINE).write_text("{")
-    with pytest.warns(UserWarning, match="is broken"):
+    with warned("tuning.calibration_file", "is broken"):
         assert calibrate.calibration_for(CUDA) == MEASURED
     assert parse(cache_file(MACHINE).read_text()) == (MACHINE, MEASURED)
 
@@ -389,13 +392,13 @@ def test_a_gpu_that_can_not_be_measured_has_the_defaults_with_a_warning(gpu, mon
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(calibrate, "calibrate", fail)
-    with pytest.warns(UserWarning, match="could not be calibrated.*no room"):
+    with warned("tuning.calibrate", "could not be calibrated.*no room"):
         assert calibrate.calibration_for(CUDA).paths == CUDA_PATHS
 
 
 def test_a_cache_that_can_not_be_written_is_no_reason_not_to_start(gpu, own_cache):
     own_cache.write_text("a file where a directory should be")
-    with pytest.warns(UserWarning, match="could not be calibrated|is broken"):
+    with warned("tuning.calibrate", "could not be calibrated"):
         assert calibrate.calibration_for(CUDA).paths == CUDA_PATHS
 
 
@@ -412,7 +415,7 @@ def test_a_chosen_file_is_read_and_never_replaced(gpu, tmp_path):
     assert calibrate.calibration_for(CUDA, file) == MEASURED
     assert calibrate.calibration_for(CUDA, str(file)) == MEASURED
     file.write_text("{")
-    with pytest.warns(UserWarning, match="is broken"):
+    with warned("tuning.calibration_file", "is broken"):
         assert calibrate.calibration_for(CUDA, file).paths == CUDA_PATHS
     assert (gpu, file.read_text()) == ([], "{")
 

@@ -21,6 +21,7 @@ from triton_offload.cli import replay as cli_replay
 from triton_offload.cli.main import app
 from triton_offload.cli.output import in_options, table
 from triton_offload.device import host_pages
+from triton_offload.device.host import HostDevice
 
 
 @pytest.fixture
@@ -49,6 +50,23 @@ def test_replay_prints_json_and_nothing_else(trace):
     assert (facts["wrong_chunks"], facts["ok"], facts["model"]) == (0, True, "smollm2-135m")
     assert facts["verified_bytes"] == facts["loaded_bytes"] > 0
     assert facts["load_gb_per_s"] > 0
+    assert (facts["pin_error"], facts["broken_paths"]) == (None, [])
+
+
+def test_replay_says_that_a_path_was_replaced_and_why_the_pool_is_not_pinned(trace, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("injected: not queued")
+
+    monkeypatch.setattr(HostDevice, "gather", refuse)
+    monkeypatch.setattr(HostDevice, "register", lambda self, host: False)
+    args = ("replay", trace, "--model", "smollm2-135m", "--chunks", "16", "--path", "staged")
+    facts = json.loads(run(*args, "--json").stdout)
+    assert (facts["ok"], facts["pinned"], facts["broken_paths"]) == (True, False, ["staged"])
+    assert facts["pin_error"] == "the device refuses to pin it"
+    table = run(*args).stdout
+    for name, value in (("pool pinned", "the device refuses to pin it"), ("replaced", "staged")):
+        (line,) = [line for line in table.splitlines() if name in line]
+        assert value in line
 
 
 def test_replay_exits_with_1_where_bytes_are_wrong(trace, monkeypatch):
@@ -253,7 +271,8 @@ def test_a_narrow_terminal_cuts_nothing_of_a_replay(trace):
     assert names == without_spaces(
         *("prefix hit rate", "chunks referenced / hit", "chunks evicted", "stored", "loaded"),
         *("store GB/s", "load GB/s", "waits for transfers", "whole replay", "verified"),
-        *("chunks verified / wrong", "transfers failed"),
+        *("chunks verified / wrong", "transfers failed", "pool pinned"),
+        "paths replaced",
     )
     assert values.startswith("0.500012/60")
 

@@ -57,7 +57,7 @@ LAYERS = [
     {"ledger"},
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
-    {"cli.replay", "vllm.worker"},
+    {"cli.replay", "vllm.worker", "metrics"},
     {"vllm.spec"},
     {"vllm"},
     {"cli.demo", "cli.machine"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,9 @@ from triton_offload.job import OffloadJob
 from triton_offload.medium import ChunkSpec
 from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction, TransferResult, TransferStatus
-from triton_offload.stats import DirectionStats
+from triton_offload.stats import DirectionTotals
+
+_log = logging.getLogger(__name__)
 
 # Results that nobody asks for: of a program that only waits, the latest are kept.
 _MAX_UNREAD = 1 << 16
@@ -46,13 +49,16 @@ class JobLedger:
     """
 
     def __init__(self) -> None:
-        self.totals = {direction: DirectionStats() for direction in Direction}
-        self.medium_totals = dict(self.totals)  # of exports (LOAD) and imports (STORE)
+        self.totals = {direction: DirectionTotals() for direction in Direction}
+        #: of exports (LOAD) and imports (STORE)
+        self.medium_totals = {direction: DirectionTotals() for direction in Direction}
         self._entries: dict[OffloadJob, Entry] = {}
         self._of_transfer: dict[int, Entry] = {}
         self._cancelled: set[int] = set()  # transfers of reported jobs that are not reported yet
         self._storing: dict[Key, Entry] = {}  # the job that moves the chunk
         self._finished: deque[TransferResult] = deque(maxlen=_MAX_UNREAD)
+        self._watched = False  # somebody takes results, and would miss those that are dropped
+        self._told = False  # that some were
 
     @property
     def entries(self) -> list[Entry]:
@@ -118,6 +124,7 @@ class JobLedger:
 
     def take_finished(self) -> list[TransferResult]:
         """The results since the last call; of those that nobody took, the latest 65,536."""
+        self._watched = True
         taken = list(self._finished)
         self._finished.clear()
         return taken
@@ -129,6 +136,8 @@ class JobLedger:
             TransferStatus.SUCCESS,
             sum(part.num_bytes for part in entry.parts),
             sum(part.seconds for part in entry.parts),
+            bytes_by_path=_by_path(entry.parts),
+            queue_seconds=min((part.queue_seconds for part in entry.parts), default=0.0),
         )
         if bad is not None:
             result = replace(bad, job_id=job.job_id)
@@ -136,9 +145,18 @@ class JobLedger:
             result = TransferResult(job.job_id, TransferStatus.FAILED, error=entry.error)
         del self._entries[job]
         totals = self.totals if entry.chunks is None else self.medium_totals
-        totals[job.direction] = totals[job.direction].add(result)
+        totals[job.direction].add(result)
+        dropped = len(self._finished) == self._finished.maxlen
         self._finished.append(result)
         job._end(result)
+        if dropped and self._watched and not self._told:
+            self._told = True
+            _log.warning(
+                "results of jobs were dropped: more than %d ended since the last call of "
+                "get_finished, and the latest are kept; call it more often, or never and wait for "
+                "jobs",
+                self._finished.maxlen,
+            )
 
     def _check(self) -> None:
         """Asserts that jobs, transfers and keys belong together."""
@@ -157,6 +175,15 @@ class JobLedger:
         for key, entry in self._storing.items():
             assert key in entry.keys
             assert not entry.moved, "a job that ended is still storing"
+
+
+def _by_path(parts: Sequence[TransferResult]) -> tuple[tuple[str, int], ...]:
+    if len(parts) == 1:
+        return parts[0].bytes_by_path
+    total = Counter[str]()
+    for part in parts:
+        total.update(dict(part.bytes_by_path))
+    return tuple(total.items())
 
 
 def failure(parts: Sequence[TransferResult]) -> TransferResult | None:

@@ -317,19 +317,26 @@ class KVOffloader:
             self._resets += 1
 
     def stats(self) -> OffloadingStats:
+        """What was done since construction, and how it stands now; after `close` too."""
         with self._lock:
             self._collect()
+            slot_bytes = self._pool.slot_bytes if self._finalizer.alive else 0
             return OffloadingStats(
-                self._ledger.totals[Direction.STORE],
-                self._ledger.totals[Direction.LOAD],
+                self._ledger.totals[Direction.STORE].stats(),
+                self._ledger.totals[Direction.LOAD].stats(),
                 self._lookups,
                 self._hits,
                 self._evictions,
                 self._manager.num_chunks,
                 self._manager.num_used,
                 self._manager.num_pinned,
-                imported=self._ledger.medium_totals[Direction.STORE],
-                exported=self._ledger.medium_totals[Direction.LOAD],
+                self._manager.num_chunks * slot_bytes,
+                self._manager.num_used * slot_bytes,
+                self._pool.pinned,
+                self._pool.pin_failure,
+                self._queue.broken_paths,
+                imported=self._ledger.medium_totals[Direction.STORE].stats(),
+                exported=self._ledger.medium_totals[Direction.LOAD].stats(),
             )
 
     def close(self, timeout: float | None = None) -> None:

@@ -145,7 +145,9 @@ class TransferResult:
     """The one report of a job.
 
     `num_bytes`: page bytes moved (0 unless it succeeded). `seconds`: from the start of the
-    transfer to its end where the device tells it, else 0.0. `error`: why it failed.
+    transfer to its end where the device tells it, else 0.0. `error`: why it failed. Where it
+    succeeded, `bytes_by_path`: (name of a path, its part of the bytes) for each; `queue_seconds`:
+    from its submission until something of it was queued on the device.
     """
 
     job_id: int
@@ -153,6 +155,8 @@ class TransferResult:
     num_bytes: int = 0
     seconds: float = 0.0
     error: BaseException | None = field(default=None, compare=False)
+    bytes_by_path: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    queue_seconds: float = field(default=0.0, compare=False)
 
     @property
     def success(self) -> bool:

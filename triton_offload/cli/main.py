@@ -216,6 +216,8 @@ def _table(options: ReplayOptions, report: ReplayReport) -> Table:
         ("verified", format_bytes(report.verified_bytes)),
         ("chunks verified / wrong", f"{report.verified_chunks} / {report.wrong_chunks}"),
         ("transfers failed", f"{report.failed_jobs}"),
+        ("pool pinned", "yes" if report.pinned else report.pin_error or "not yet"),
+        ("paths replaced", ", ".join(report.broken_paths) or "none"),
     ]:
         shown.add_row(name, value, style="red" if _is_bad(name, report) else None)
     return shown

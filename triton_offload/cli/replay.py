@@ -105,7 +105,7 @@ class ReplayReport:
     `requests`: how many were served; the replay is `partial` where they are not `requests_asked`.
     Seconds: `store_seconds` and `load_seconds` the sum over transfers from start to end,
     `waited_seconds` the host blocked for them, `seconds` the whole replay, content and
-    verification included.
+    verification included. `pinned`, `pin_error`, `broken_paths`: see `OffloadingStats`.
     """
 
     requests: int
@@ -125,6 +125,9 @@ class ReplayReport:
     failed_jobs: int
     seconds: float
     page_bytes: int
+    pinned: bool
+    pin_error: str | None
+    broken_paths: tuple[str, ...]
 
     @property
     def hit_rate(self) -> float:
@@ -324,6 +327,9 @@ class _Replay:
             failed_jobs=stats.store.failed + stats.load.failed,
             seconds=time.perf_counter() - start,
             page_bytes=options.page_bytes,
+            pinned=stats.pinned,
+            pin_error=stats.pin_error,
+            broken_paths=stats.broken_paths,
         )
 
     def _serve(self, offloader: KVOffloader, number: int, ids: list[int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import subprocess
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from triton_offload.device import device_for
 from triton_offload.specs import Direction
 from triton_offload.tuning import machine
 from triton_offload.tuning.calibrate import Progress
-from triton_offload.tuning.calibration_file import Machine, cache_file, load
+from triton_offload.tuning.calibration_file import Machine, cache_file, read
 from triton_offload.tuning.rig import RIG_BYTES, Rig
 
 _PAGE_BYTES = (4 << 10, 64 << 10, 1 << 20)
@@ -83,9 +82,11 @@ def gather(
 ) -> Facts:
     """What the system says of `device`, and what transfers of `num_bytes` reach on it."""
     identity = machine.identify(device, roots)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        calibration = load(cache_file(identity), identity)
+    calibration, ignored = None, ""
+    try:
+        calibration = read(cache_file(identity), identity)
+    except ValueError as error:
+        ignored = str(error)
     address = machine.bus_id(device) if device.type != "cpu" else ""
     facts = Facts(
         device.type,
@@ -100,7 +101,7 @@ def gather(
         huge_pages=machine.read_huge_pages(roots.sys),
         versions={name: _version(names) for name, names in _DISTRIBUTIONS.items()},
         calibration=calibration,
-        calibration_warning="; ".join(str(warning.message) for warning in caught),
+        calibration_warning=ignored,
     )
     try:
         return _try_out(facts, device, address, progress, roots, num_bytes)

@@ -135,6 +135,12 @@ class HostPool:
         """What kept the pool from being pinned, where that was an error."""
         return None if self._preparation is None else self._preparation.error
 
+    @property
+    def pin_failure(self) -> str | None:
+        """Why the pool could not be pinned, in words; None while that is under way, and where it
+        was or where nobody tried."""
+        return None if self._preparation is None else self._preparation.failure
+
     def wait_ready(self, timeout: float | None = None) -> None:
         """Block until touching and pinning have ended; raises TimeoutError, RuntimeError where
         the pool is closed instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import mmap
 import os
@@ -15,6 +16,8 @@ import torch
 
 from triton_offload.device.base import Device
 from triton_offload.device.threads import OwnThread, on_own_thread
+
+_log = logging.getLogger(__name__)
 
 # Not in Python 3.11's mmap; Linux 5.14 and later.
 _MADV_POPULATE_WRITE = 23
@@ -30,7 +33,10 @@ class Preparation:
         self.pinned = False
         #: what kept it from being pinned, where that was an error
         self.error: Exception | None = None
+        #: why it could not be pinned, error or not
+        self.failure: str | None = None
         self._device = device
+        self._num_bytes = sum(piece.numel() for piece in pieces)
         width = min(8, os.cpu_count() or 1)
         self._batches: list[Sequence[torch.Tensor]] = [
             [],  # what is pinned while the first few are touched
@@ -67,10 +73,22 @@ class Preparation:
             except Exception as error:
                 self.error = error
                 more = False
+        failed = not (more or self.pinned or self._closing)
+        if failed:
+            self.failure = repr(self.error) if self.error else "the device refuses to pin it"
         self.ended = not more
         if self._closing:
             with suppress(Exception):  # nobody is there to be told
                 self._unpin()
+        # On the host device a copy never waits for memory to be pinned, nor does a kernel need it.
+        if failed and self._device.name != "host":
+            _log.warning(
+                "a host pool of %d bytes could not be pinned (%s): copies block the thread that "
+                "submits them, and zero_copy is not to be had; `triton-offload doctor` says what "
+                "stands in the way",
+                self._num_bytes,
+                self.failure,
+            )
         return 0.0 if more else math.inf
 
     def _advance(self) -> bool:

@@ -35,8 +35,8 @@ class EvictionPolicy(Protocol):
     undefined. Keys come in the order of their prefix.
 
     The methods are called under the lock of the offloader, and must not call it. LRU's and ARC's
-    are O(1) per key, but for chunks that were in use when their turn came: these cost O(log of their
-    number), once.
+    are O(1) per key, but for chunks that were in use when their turn came: these cost O(log of
+    their number), once.
 
     A method `_check(keys, busy)` that asserts what should hold, if there is one, is called in tests
     with every key that is known.

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from triton_offload.calibration import Path
 from triton_offload.specs import (
     CPULoadStoreSpec,
     Direction,
@@ -52,6 +53,11 @@ class DeviceWorker(OffloadingWorker):
                 expedited=expedited,
                 stream=stream,
             )
+
+    @property
+    def broken_paths(self) -> frozenset[Path]:
+        """The paths that could not be queued, for which others stand in; none after `shutdown`."""
+        return self._pipeline.all_broken_paths
 
     def get_finished(self) -> list[TransferResult]:
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from triton_offload.calibration import Path
@@ -20,8 +20,10 @@ class Job:
     `lane`: its name. `sequence`: its number among the lane's jobs. `compute`: what was queued on
     the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
     something of it may be queued. `start`: None where it could not be marked, and the job is not
-    timed. `queued`: all of it is queued, or it has failed. `finished`: nothing of it touches a page
-    or a slot any more, `result` says how it ended, and it keeps neither ids nor events.
+    timed. `submitted`, `queue_seconds`: when (the device's clock), and how long it then waited
+    for its first segment. `by_path`: bytes of the segments queued whole. `queued`: all of it is
+    queued, or it has failed. `finished`: nothing of it touches a page or a slot any more, `result`
+    says how it ended, and it keeps neither ids nor events.
     """
 
     job_id: int
@@ -32,6 +34,9 @@ class Job:
     runs: list[GroupRun]
     compute: Event | None
     after: list[Job]
+    submitted: float | None
+    queue_seconds: float = 0.0
+    by_path: dict[str, int] = field(default_factory=dict)
     planned: Iterator[Planned] | None = None
     held: Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None

@@ -49,7 +49,7 @@ class Lane:
         self.streams = streams
         self.finished: list[Job] = []  # to be reported
         self._device = device
-        self.paths = LanePaths(streams, table)
+        self.paths = LanePaths(name, streams, table)
         self._endings = Endings(device, streams)
         self._window_bytes = window_bytes
         self._contents = contents
@@ -93,7 +93,15 @@ class Lane:
         self._sequence += 1
         num_bytes = sum(run.num_bytes for run in runs)
         job = Job(
-            job_id, self.direction, self.name, self._sequence, num_bytes, runs, compute, after
+            job_id,
+            self.direction,
+            self.name,
+            self._sequence,
+            num_bytes,
+            runs,
+            compute,
+            after,
+            self._now(),
         )
         self._backlog.append(job)
         return job
@@ -172,11 +180,11 @@ class Lane:
         segment = Segment(run, ids[0], ids[1], marks)
         error = self._try(job, segment, path)
         if error is not None and self.lost is None:
-            stands_in = self.paths.give_up(path)
+            stands_in = self.paths.give_up(path, error)
             if stands_in is not None:
                 error = self._try(job, segment, stands_in)
                 if error is not None and self.lost is None:
-                    self.paths.give_up(stands_in)
+                    self.paths.give_up(stands_in, error)
         if error is not None:
             job.error = error
         if self.lost is None:  # whichever try was the last, its end gives the ids back
@@ -186,6 +194,9 @@ class Lane:
     def _start(self, job: Job, path: Path) -> None:
         """The job's first segment is about to be queued."""
         job.started = True
+        now = self._now()
+        if job.submitted is not None and now is not None:
+            job.queue_seconds = now - job.submitted
         try:
             start = self._device.new_event(timed=True)
             self._device.record(start, self.paths.first_stream(path))
@@ -197,6 +208,12 @@ class Lane:
         job.pages = Gate(self._device, [job.compute] if job.compute is not None else [])
         ends = [other.end for other in job.after if not other.finished and other.end is not None]
         job.slots = Gate(self._device, ends)
+
+    def _now(self) -> float | None:
+        try:
+            return self._device.monotonic()
+        except Exception:
+            return None  # no reason either
 
     def _try(self, job: Job, segment: Segment, path: Path) -> Exception | None:
         """Queue the segment; what keeps it from being queued whole. Both streams follow the part
@@ -214,6 +231,7 @@ class Lane:
                 self._fly(InFlight(job, ends, ends[-1], num_ops=5))
             return error
         job.last = queued
+        job.by_path[path.value] = job.by_path.get(path.value, 0) + segment.run.num_bytes
         self._fly(InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
         return None
 
@@ -303,7 +321,14 @@ class Lane:
             seconds = 0.0
             with suppress(Exception):  # the bytes have landed
                 seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
-            job.result = TransferResult(job.job_id, TransferStatus.SUCCESS, job.num_bytes, seconds)
+            job.result = TransferResult(
+                job.job_id,
+                TransferStatus.SUCCESS,
+                job.num_bytes,
+                seconds,
+                bytes_by_path=tuple(job.by_path.items()),
+                queue_seconds=job.queue_seconds,
+            )
         if job.error is not None:
             self.streams.distrust()
         self._doubt(job)

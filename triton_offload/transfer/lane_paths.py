@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device.base import Stream
 from triton_offload.transfer.lane_streams import LaneStreams
@@ -9,11 +11,14 @@ from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.segment import Gate, Queued, Segment
 
+_log = logging.getLogger(__name__)
+
 
 class LanePaths:
     """The paths of one lane. What could not be queued once is not tried again: see `give_up`."""
 
-    def __init__(self, streams: LaneStreams, table: PathTable) -> None:
+    def __init__(self, lane: str, streams: LaneStreams, table: PathTable) -> None:
+        self._lane = lane
         self._streams = streams
         self._table = table
         self._broken: set[Path] = set()
@@ -40,7 +45,7 @@ class LanePaths:
                 path = CROSSINGS[path].stands_in
         return path
 
-    def give_up(self, path: Path) -> Path | None:
+    def give_up(self, path: Path, error: Exception) -> Path | None:
         """A segment could not be queued by `path`: the one to try in its place, if there is any.
 
         From now on that stands in for all the path's segments. But of two that stand in for each
@@ -50,6 +55,14 @@ class LanePaths:
         is_the_last = CROSSINGS[stands_in].stands_in is path and stands_in in self._broken
         if not is_the_last:
             self._broken.add(path)
+            _log.warning(
+                "the path %s of the lane %s could not be queued (%s): %s stands in for it from now "
+                "on, which may be slower; `triton-offload doctor` tries every path",
+                path.value,
+                self._lane,
+                repr(error),  # a record that is kept keeps no frames
+                self.usable(path).value,
+            )
         return None if stands_in in self._broken else stands_in
 
     def queue(self, path: Path, segment: Segment, pages: Gate, slots: Gate) -> Queued:

@@ -115,8 +115,8 @@ class CacheLayout:
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())
             for i in range(len(members))
         )
-        #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that. It does
-        #: where a page of h is longer than g's of the same tensor, or g has none there.
+        #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that. It
+        #: does where a page of h is longer than g's of the same tensor, or g has none there.
         self.leaves_stale = np.array(
             [
                 [any(new.get(i, 0) < size for i, size in old.items()) for old in members]

@@ -18,6 +18,7 @@ The ordering rules that every transfer keeps; the code names them where it does:
 
 from __future__ import annotations
 
+import logging
 import threading
 import traceback
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
+
+_log = logging.getLogger(__name__)
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
@@ -85,6 +88,7 @@ class Pipeline:
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in _LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
         self._lanes: dict[str, Lane] = {}  # those that are not closed
+        self._told_lost = False
         with ExitStack() as undo:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
             for name, direction in _LANES.items():
@@ -228,6 +232,12 @@ class Pipeline:
         with self._lock:
             return self._lanes[job.lane].broken
 
+    @property
+    def all_broken_paths(self) -> frozenset[Path]:
+        """Those of any lane; none after `shutdown`."""
+        with self._lock:
+            return frozenset().union(*(lane.broken for lane in self._lanes.values()))
+
     def wait_on(self, job: Job, stream: Stream, timeout: float | None = None) -> None:
         """Let `stream` follow the job's release, without the host.
 
@@ -306,6 +316,15 @@ class Pipeline:
                 if job.error is not None:
                     _forget_frames(job.error)
             lane.finished.clear()
+            if lane.lost is not None and not self._told_lost:
+                self._told_lost = True
+                _log.warning(
+                    "the device was lost, as the lane %s found (%s): every transfer fails from now "
+                    "on; start a new process, where `triton-offload doctor` says whether the "
+                    "device works",
+                    name,
+                    repr(lane.lost),
+                )
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
         """Ordering rule 6: the jobs that must be done with these slots first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import reprlib
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.slot_order import SlotOrder
 from triton_offload.transfer.worker import OffloadingWorker, deadline_after, seconds_until
+
+_log = logging.getLogger(__name__)
 
 
 class OffloadingQueueManager:
@@ -150,6 +153,15 @@ class OffloadingQueueManager:
             for result in results:
                 self._worker_of.pop(result.job_id, None)
         return results
+
+    @property
+    def broken_paths(self) -> tuple[str, ...]:
+        """The names of paths that a device's worker could not queue, for which others stand in;
+        none after `shutdown`."""
+        with self._lock:
+            workers = list(self._distinct)
+        broken = {p.value for w in workers if isinstance(w, DeviceWorker) for p in w.broken_paths}
+        return tuple(sorted(broken))
 
     def wait(self, job_ids: Iterable[SupportsIndex], timeout: float | None = None) -> None:
         """Block until these jobs have ended. Ids that are unknown or reported are ignored.
@@ -279,6 +291,13 @@ def transfer_queue(
     if calibration is not None and options.paths is None:
         options = replace(options, paths=calibration.paths)
     pipeline = Pipeline(layout, pool, options)
+    if not pool.device.batches_copies:
+        _log.warning(
+            "%s takes no batches of copies: the path copy_engine is not to be had, and chunks of "
+            "many small runs are copied one by one; `triton-offload doctor` says what it needs "
+            "(on CUDA: pip install triton-offload[cuda])",
+            pool.device.name,
+        )
     manager = OffloadingQueueManager()
     store, load = DeviceWorker(pipeline, Direction.STORE), DeviceWorker(pipeline, Direction.LOAD)
     manager.register_worker(GPULoadStoreSpec, CPULoadStoreSpec, store)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,10 +20,12 @@ from triton_offload.kernels.arguments import shown
 from triton_offload.specs import Direction
 from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
-from triton_offload.tuning.calibration_file import Machine, cache_file, load, save
+from triton_offload.tuning.calibration_file import Machine, cache_file, load, read, save
 from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
 from triton_offload.tuning.machine import identify
 from triton_offload.tuning.rig import RIG_BYTES, Rig
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # steps done, of so many
 
@@ -47,8 +50,9 @@ def calibration_for(
     far from the best, is measured by `triton-offload calibrate` only. "off" takes the published
     figures. Else it is a file that `triton-offload calibrate --output` wrote, or the value itself.
 
-    A file that is broken, or of another machine, is ignored with a warning, and so is a failure to
-    measure or to keep the result. Raises ValueError where the chosen file does not exist.
+    A file that is broken, or of another machine, is ignored with a warning in the log. A failure to
+    measure, or to keep the result, is one too. Raises ValueError where the chosen file does not
+    exist.
     """
     if isinstance(choice, Calibration):
         return choice
@@ -69,7 +73,12 @@ def calibration_for(
         if found is None and device.type != "cpu":
             found = _measure_once(device, machine, file)
     except Exception as error:  # no memory left, no home to write to: no reason not to start
-        warnings.warn(f"this machine could not be calibrated: {error!r}", stacklevel=2)
+        _log.warning(
+            "this machine could not be calibrated: %s; published figures decide, which may be "
+            "slower: `triton-offload calibrate` tries again, `triton-offload doctor` says what "
+            "stands in the way",
+            repr(error),
+        )
         return default
     return found or default
 
@@ -149,7 +158,9 @@ def _measure_once(device: torch.device, machine: Machine, file: pathlib.Path) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = load(file, machine)
+        found = None
+        with suppress(ValueError):  # which was told when it was first looked at
+            found = read(file, machine)
         if found is None:
             found = calibrate(device)
             save(file, machine, found)

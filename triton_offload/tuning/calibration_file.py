@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import tempfile
-import warnings
 
 from triton_offload.calibration import Calibration, LaunchShape, Path, PathRule, PathTable
 from triton_offload.specs import Direction
 
 FORMAT = 1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,24 +70,35 @@ def parse(text: str) -> tuple[Machine, Calibration]:
 
 
 def load(file: pathlib.Path, machine: Machine) -> Calibration | None:
-    """The calibration in `file`; None where there is none, and, with a warning, where the file is
+    """The calibration in `file`; None where there is none, and, with a warning in the log, where
+    the file is broken or of another machine."""
+    try:
+        return read(file, machine)
+    except ValueError as error:
+        _log.warning(
+            "%s; published figures or a new measurement take its place: `triton-offload calibrate` "
+            "makes a new one, `triton-offload doctor` says which one is used",
+            error,
+        )
+        return None
+
+
+def read(file: pathlib.Path, machine: Machine) -> Calibration | None:
+    """The calibration in `file`; None where there is none. Raises ValueError where the file is
     broken or of another machine."""
     try:
         found, calibration = parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        warnings.warn(f"calibration ignored, {file} is broken: {error}", stacklevel=2)
-        return None
+        raise ValueError(f"calibration ignored, {file} is broken: {error}") from error
     if found != machine:
         ours, theirs = dataclasses.asdict(machine), dataclasses.asdict(found)
         name = next(name for name in ours if ours[name] != theirs[name])
-        warnings.warn(
+        raise ValueError(
             f"calibration ignored, {file} is of another machine: expected {name} {ours[name]!r}, "
-            f"got {theirs[name]!r}",
-            stacklevel=2,
+            f"got {theirs[name]!r}"
         )
-        return None
     return calibration
 
 
