@@ -40,7 +40,7 @@ class PageRow:
 
 
 @dataclass(frozen=True)
-class ByteRun:
+class ByteRange:
     """A range of a slot that a table's pages fill without a gap between tensors. Bytes."""
 
     slot_offset: int
@@ -107,7 +107,7 @@ class PageTable:
         self.device = pages[0].view.device
         self.offsets = tuple(row.offset for row in pages)
         self.bytes_per_block = sum(row.page_bytes for row in pages)
-        self.runs = _merge_runs(pages, blocks_per_chunk)
+        self.byte_ranges = _merged_ranges(pages, blocks_per_chunk)
         # What the launchers keep on the device for this table, by how a launch is cut up.
         self.launch_plans: dict[tuple[int, int, int], Any] = {}
 
@@ -164,12 +164,12 @@ class PageTable:
         ``slot_bytes`` their sum over all rows. Rows of one tensor share their place, as they do
         in the full slot.
         """
-        starts = [run.slot_offset for run in self.runs]
+        starts = [part.slot_offset for part in self.byte_ranges]
         rows = []
         for row in self.pages:
-            run = self.runs[int(np.searchsorted(starts, row.offset, side="right")) - 1]
-            rows.append(replace(row, offset=row.offset - run.slot_offset + run.packed_offset))
-        return self._derived(tuple(rows), sum(run.num_bytes for run in self.runs))
+            part = self.byte_ranges[int(np.searchsorted(starts, row.offset, side="right")) - 1]
+            rows.append(replace(row, offset=row.offset - part.slot_offset + part.packed_offset))
+        return self._derived(tuple(rows), sum(part.num_bytes for part in self.byte_ranges))
 
     def __repr__(self) -> str:
         return (
@@ -377,7 +377,7 @@ def _byte_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
         )
 
 
-def _merge_runs(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[ByteRun, ...]:
+def _merged_ranges(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[ByteRange, ...]:
     """Extents ``[offset, offset + B * pitch)`` of the rows in slot order, adjacent ones merged."""
     extents: list[list[int]] = []
     for start, end in sorted((r.offset, r.offset + blocks_per_chunk * r.pitch) for r in pages):
@@ -385,12 +385,12 @@ def _merge_runs(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[Byte
             extents[-1][1] = max(extents[-1][1], end)
         else:
             extents.append([start, end])
-    runs = []
+    ranges = []
     packed_offset = 0
     for start, end in extents:
-        runs.append(ByteRun(start, packed_offset, end - start))
+        ranges.append(ByteRange(start, packed_offset, end - start))
         packed_offset += end - start
-    return tuple(runs)
+    return tuple(ranges)
 
 
 def _host_or_device_ids(name: str, ids: Ids) -> IdArray | torch.Tensor:

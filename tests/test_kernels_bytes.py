@@ -276,7 +276,7 @@ class TestBytes:
 
         packed = torch.full((2, group.packed().slot_bytes), 0xA5, dtype=torch.uint8)
         move("gather", group.packed(), [4, 2, 5], packed, None, 1)
-        for run in group.runs:
+        for run in group.byte_ranges:
             assert torch.equal(
                 packed[:, run.packed_offset : run.packed_offset + run.num_bytes],
                 slots[:, run.slot_offset : run.slot_offset + run.num_bytes],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from triton_offload.kernels.reference import gather_pages, scatter_pages
-from triton_offload.kernels.table import ByteRun, PageTable, check_ids, check_run
+from triton_offload.kernels.table import ByteRange, PageTable, check_ids, check_run
 from triton_offload.kernels.tiling import KernelConfig
 
 
@@ -24,7 +24,7 @@ def test_slots_hold_tensor_by_tensor_the_blocks_of_a_chunk_in_order() -> None:
     assert table.slot_bytes == 60
     assert table.bytes_per_block == 20
     assert [row.pitch for row in table.pages] == [10, 6, 4]
-    assert table.runs == (ByteRun(0, 0, 60),)
+    assert table.byte_ranges == (ByteRange(0, 0, 60),)
 
 
 def test_number_of_blocks_is_the_smallest() -> None:
@@ -69,10 +69,10 @@ def test_a_group_keeps_the_slot_format_of_the_whole() -> None:
     assert [row.page_bytes for row in group.pages] == [4, 8, 3]
     assert [row.pitch for row in group.pages] == [4, 10, 10]
     assert group.slot_bytes == 40
-    assert group.runs == (ByteRun(0, 0, 20), ByteRun(32, 20, 8))
+    assert group.byte_ranges == (ByteRange(0, 0, 20), ByteRange(32, 20, 8))
     assert group.packed().offsets == (20, 0, 0)
     assert group.packed().slot_bytes == 28
-    assert group.packed().runs == (ByteRun(0, 0, 28),)
+    assert group.packed().byte_ranges == (ByteRange(0, 0, 28),)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Setting:
             if chunk in skip:
                 continue
             there, here = self.pool.slots[slot].data_ptr(), self.staging[chunk].data_ptr()
-            for run in self.run.group.runs:
+            for run in self.run.group.byte_ranges:
                 for byte in range(run.num_bytes):
                     found.add((there + run.slot_offset + byte, here + run.packed_offset + byte))
         return found
@@ -193,9 +193,9 @@ def test_batches_are_every_byte_once_and_a_slice_at_most(monkeypatch, num_chunks
     for most in (4 * chunk_bytes, 5 * chunk_bytes - 1):
         monkeypatch.setattr(ranges, "SLICE_BYTES", most)
         batches = list(chunk_batches(setting.run, setting.pool, setting.staging, skip))
-        assert [len(sizes) % len(setting.run.group.runs) for *_, sizes in batches] == [0] * len(
-            batches
-        )
+        assert [len(sizes) % len(setting.run.group.byte_ranges) for *_, sizes in batches] == [
+            0
+        ] * len(batches)
         assert len(batches) == -(-(num_chunks - len(skip)) // 4)
         assert all(sizes.sum() <= most for *_, sizes in batches)
         moved = [

@@ -65,6 +65,11 @@ class JobLedger:
         """Those under way, the oldest first."""
         return list(self._entries.values())
 
+    @property
+    def awaits_any(self) -> bool:
+        """Whether a transfer is not reported yet."""
+        return bool(self._of_transfer or self._cancelled)
+
     def open(self, entry: Entry, follows: Iterable[Key] = ()) -> None:
         """Note a job whose transfers are submitted; it ends no sooner than the stores under way of
         the chunks `follows`."""

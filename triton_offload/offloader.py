@@ -55,6 +55,8 @@ from triton_offload.transfer.queue_manager import OffloadingQueueManager, transf
 from triton_offload.transfer.worker import OffloadingWorker
 from triton_offload.tuning.calibrate import calibration_for
 
+_BYTES = frozenset({bytes})
+
 BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 
 
@@ -182,17 +184,15 @@ class KVOffloader:
             entry = self._entry(Direction.STORE, output.keys_to_store)
             place = {key: i for i, key in enumerate(stored)}
             chunks = [place[key] for key in output.keys_to_store]
-            assert output.store_spec.fresh is not None
             try:
-                for run in runs_to_store(span, chunks, output.blocks):
-                    transfer = self._queue.transfer_async(
-                        self._device_spec(ids[run.blocks], run.first, group),
-                        CPULoadStoreSpec(
-                            output.store_spec.slot_ids[run.chunks],
-                            output.store_spec.fresh[run.chunks],
-                        ),
-                        stream=stream,
-                    )
+                runs = runs_to_store(span, chunks, output.blocks)
+                for run in runs:
+                    spec = output.store_spec
+                    if len(runs) > 1:
+                        assert spec.fresh is not None
+                        spec = CPULoadStoreSpec(spec.slot_ids[run.chunks], spec.fresh[run.chunks])
+                    device_spec = self._device_spec(ids[run.blocks], run.first, group)
+                    transfer = self._queue.transfer_async(device_spec, spec, stream=stream)
                     entry.transfers.add(transfer)
             except BaseException as error:
                 if not entry.transfers:
@@ -516,9 +516,10 @@ class KVOffloader:
         if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
             raise ValueError(f"keys: expected one key (bytes) a chunk, got {type(keys).__name__}")
         keys = list(keys)
-        for key in keys:
-            if not isinstance(key, bytes):
-                raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
+        if not _BYTES.issuperset(map(type, keys)):  # no loop where all are just that
+            for key in keys:
+                if not isinstance(key, bytes):
+                    raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
         if count == 1:
             return keys
         suffix = number.to_bytes(4, "big")
@@ -561,6 +562,8 @@ class KVOffloader:
     def _collect(self) -> None:
         """Take in what has ended: release pins, make stored keys loadable."""
         with self._lock:
+            if not self._ledger.awaits_any:
+                return
             for result in self._queue.get_finished():
                 entry = self._ledger.take(result)
                 if entry is not None:
@@ -609,6 +612,7 @@ class KVOffloader:
 
     def _block(self, job: OffloadJob, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._collect()  # what is small may be over
         while job._result is None:
             self._queue.wait(self._transfers_of(job, follows=True), _left(deadline))
             self._collect()

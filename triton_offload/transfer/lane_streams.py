@@ -133,7 +133,7 @@ class LaneStreams:
             device.batches_copies
             and self.pool.pinned
             and run.group.packed.slot_bytes <= SLICE_BYTES
-            and len(ranges.firsts) * len(run.group.runs) > _MANY_COPIES
+            and len(ranges.firsts) * len(run.group.byte_ranges) > _MANY_COPIES
         ):
             for slots, buffer, sizes in chunk_batches(run, self.pool, staging, skip):
                 ends = (slots, buffer) if stores else (buffer, slots)

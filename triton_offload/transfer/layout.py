@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from triton_offload.kernels.arguments import shown
-from triton_offload.kernels.table import ByteRun, PageTable, check_ids
+from triton_offload.kernels.table import ByteRange, PageTable, check_ids
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 
 KVCaches: TypeAlias = Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -22,8 +22,8 @@ class GroupLayout:
     """One KV cache group: its pages in the slot, and in a staging buffer.
 
     `table` places the pages in a slot of the host pool; `packed` places them in a staging buffer,
-    where only the group's own tensors take room; `runs` are the byte ranges that the two share.
-    `has_gaps`: pages are padded, so that a run of theirs has bytes that no page of the group owns.
+    where only the group's own tensors take room; `byte_ranges` are what the two share.
+    `has_gaps`: pages are padded, so that a range has bytes that no page of the group owns.
     `columns`: int64 [5, tensors], of the table's pages their address in block 0, bytes between
     blocks, page bytes, offset in the slot, and bytes between pages in the slot.
     """
@@ -31,7 +31,7 @@ class GroupLayout:
     index: int
     table: PageTable
     packed: PageTable
-    runs: tuple[ByteRun, ...]
+    byte_ranges: tuple[ByteRange, ...]
     has_gaps: bool
     columns: Ids
 
@@ -43,7 +43,7 @@ class GroupLayout:
         ]
         columns = np.array(rows, dtype=np.int64).T.copy()
         gaps = bool((columns[4] != columns[2]).any())
-        return cls(index, table, table.packed(), table.runs, gaps, columns)
+        return cls(index, table, table.packed(), table.byte_ranges, gaps, columns)
 
 
 class CacheLayout:
@@ -115,8 +115,8 @@ class CacheLayout:
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())
             for i in range(len(members))
         )
-        #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that. It
-        #: does where a page of h is longer than g's of the same tensor, or g has none there.
+        #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that: where
+        #: a page of h is longer than g's of the same tensor, or g has none there.
         self.leaves_stale = np.array(
             [
                 [any(new.get(i, 0) < size for i, size in old.items()) for old in members]

@@ -54,7 +54,7 @@ def whole_chunks(
     for place, slot, count in zip(
         ranges.firsts.tolist(), slots, ranges.counts.tolist(), strict=True
     ):
-        for part in run.group.runs:
+        for part in run.group.byte_ranges:
             there = pool.slots[
                 slot : slot + count, part.slot_offset : part.slot_offset + part.num_bytes
             ]
@@ -67,14 +67,16 @@ def whole_chunks(
 def chunk_batches(
     run: GroupRun, pool: HostPool, staging: torch.Tensor, skip: tuple[int, ...] = ()
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """The run's chunks but `skip` as (slot addresses, staging addresses, sizes) of their byte runs,
-    in batches of whole chunks and at most SLICE_BYTES, which no slot may exceed."""
+    """The run's chunks but `skip` as (slot addresses, staging addresses, sizes) of their byte
+    ranges, in batches of whole chunks and at most SLICE_BYTES, which no slot may exceed."""
     places = np.arange(len(run.slot_ids))
     if skip:
         places = np.delete(places, skip)
     slots = pool.slots.data_ptr() + run.slot_ids[places] * pool.slots.stride(0)
     here = staging.data_ptr() + places * staging.stride(0)
-    within = np.array([[p.slot_offset, p.packed_offset, p.num_bytes] for p in run.group.runs])
+    within = np.array(
+        [[p.slot_offset, p.packed_offset, p.num_bytes] for p in run.group.byte_ranges]
+    )
     sizes = np.broadcast_to(within[:, 2], (len(places), len(within)))
     step = SLICE_BYTES // int(within[:, 2].sum())
     for begin in range(0, len(places), step):
