@@ -21,10 +21,16 @@ LINK_SHARE = 0.95
 BOTH_WAYS = 1.6
 SLOWDOWN_POINTS = 2.0
 SMALL_COPY_SECONDS = 1e-3
+# Of torch's indexed copies, by the least number of blocks.
+SMALL_JOB_SHARES = {1: 0.5, 64: 0.9}
+LOOKUP_TIMES = 1.5
 
 
 def promises(results: Results) -> str:
-    kinds = _planning, _managers, _code, _transfers, _both_ways, _slowdown, _small_copy
+    kinds = (
+        *(_planning, _managers, _code, _transfers, _small_jobs),
+        *(_both_ways, _slowdown, _small_copy),
+    )
     rows = [row for kind in kinds for row in kind(results)]
     if not rows:
         return ""
@@ -69,6 +75,20 @@ def _transfers(results: Results) -> Iterator[Row]:
         if wanted is not None:
             job = f"{record['direction']}, pages of {size_name(size)}: of one plain copy"
             yield job, *_at_least(wanted, record["ratio"])
+
+
+def _small_jobs(results: Results) -> Iterator[Row]:
+    for record in results.of("small job"):
+        blocks, size = record["blocks"], size_name(record["page_bytes"])
+        wanted = next(
+            share for least, share in reversed(SMALL_JOB_SHARES.items()) if blocks >= least
+        )
+        job = f"{record['by']}, {record['direction']} of {blocks} blocks, pages of {size}"
+        yield f"{job}: of torch's indexed copies", *_at_least(wanted, record["ratio"])
+    for record in results.of("lookup"):
+        times = 1 / record["ratio"]
+        job = f"lookup of {record['keys']:,} keys: times the manager's own"
+        yield job, f"<= {LOOKUP_TIMES:g}", f"{times:.3g}", times <= LOOKUP_TIMES
 
 
 def _both_ways(results: Results) -> Iterator[Row]:

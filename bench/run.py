@@ -38,6 +38,7 @@ SUITES = (
     Suite("kernels", (10, 70)),
     Suite("interference", (60, 75)),
     Suite("submission", (60, 50)),
+    Suite("small_jobs", (60, 5)),
     Suite("static", (60, 45)),
     Suite("manager", (90, 15)),
 )

@@ -3,8 +3,41 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
+
+# Left out of `make quick`, whole: each takes seconds to start or many to run.
+SLOW_FILES = {
+    "test_door.py",
+    "test_examples.py",
+    "test_exit.py",
+    "test_faults.py",
+    "test_isolation.py",
+    "test_life.py",
+    "test_mutants.py",
+    "test_offloader_machine.py",
+    "test_packaging.py",
+    "test_schedules.py",
+    "test_soak.py",
+    "test_stress.py",
+    "test_trace_hit_rates.py",
+    "test_vllm_spec.py",
+}
+# And of other files these tests, whatever their parameters.
+SLOW_TESTS = {
+    "test_a_forked_child_is_told_so_and_does_not_hang",
+    "test_a_part_loads_no_more_than_it_needs",
+    "test_every_byte_of_an_hour_of_real_requests",
+    "test_pass_the_same_cases_in_the_interpreter",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.name.partition("[")[0]
+        if Path(item.path).name in SLOW_FILES or name in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,7 +27,7 @@ class GatedDevice(HostDevice):
             if failing:
                 raise RuntimeError(f"injected: {kind} failed")
 
-        stream.queue.put(run)
+        stream.put(run)
 
     def gather(self, table, block_ids, slots, slot_ids, first_block, stream, *, zero_copy):
         self._guard("gather", stream)

@@ -290,6 +290,15 @@ def test_a_promise_that_is_not_kept_is_called_so() -> None:
     missed = "**not met**"
     slow = record("planning", 0.001, blocks=8192, tensors=80, peer_seconds=0.005, ratio=5.0)
     assert promised(slow) == [("1 ms", missed), ("5", missed)]
+    small = [
+        record(
+            "small job", by="queue manager", direction="load", blocks=n, page_bytes=4096, ratio=r
+        )
+        for n, r in [(16, 0.49), (16, 0.5), (64, 0.89), (64, 0.9)]
+    ]
+    assert promised(*small) == [("0.49", missed), ("0.5", "met"), ("0.89", missed), ("0.9", "met")]
+    lookups = [record("lookup", keys=2048, ratio=ratio) for ratio in (1 / 1.6, 1 / 1.5)]
+    assert promised(*lookups) == [("1.6", missed), ("1.5", "met")]
     managers = [record("manager", policy="lru", chunks=1, ratio=ratio) for ratio in (1.99, 2.0)]
     assert promised(*managers) == [("1.99", missed), ("2", "met")]
     assert promised(record("manager", policy="lru", chunks=1)) == []  # without a peer

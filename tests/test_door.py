@@ -27,10 +27,12 @@ import numpy as np
 import torch
 from triton_offload import (
     Calibration,
+    ChunkSpec,
     DeviceLostError,
     Direction,
     EvictionPolicy,
     KVOffloader,
+    LoadStoreSpec,
     OffloadingEvent,
     OffloadingStats,
     OffloadJob,
@@ -79,6 +81,13 @@ class Fifo:
         self.keys.clear()
 
 
+class Nowhere(LoadStoreSpec): ...
+
+
+def drop(src: ChunkSpec, dst: Nowhere) -> int:
+    return sum(len(chunk.data) for chunk in src.chunks)
+
+
 def main() -> None:
     caches = {"k": torch.zeros(8, 16), "v": torch.zeros(8, 16)}
     options = PipelineOptions(path="staged", num_buffers=2)
@@ -89,6 +98,7 @@ def main() -> None:
     ]
     for offloader in offloaders:
         with offloader:
+            offloader.register_worker(ChunkSpec, Nowhere, drop)
             job: OffloadJob = offloader.store([b"a", b"b"], torch.tensor([0, 1]))
             result: TransferResult = job.wait(5)
             assert result.status is TransferStatus.SUCCESS

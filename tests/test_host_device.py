@@ -170,9 +170,13 @@ def test_what_is_queued_on_a_closed_stream_is_dropped_and_says_so(device):
     device.close_stream(stream)
     target = torch.zeros(4, dtype=torch.uint8)
     device.copy(target, torch.ones(4, dtype=torch.uint8), stream)
-    device.wait(stream, recorded(device, stream))
-    with pytest.raises(RuntimeError, match="the stream was closed"):
-        device.synchronize(recorded(device, stream), 60)
+    event = recorded(device, stream)
+    device.copy(target, torch.ones(4, dtype=torch.uint8), stream)
+    later = recorded(device, stream)
+    stream.put(target.zero_)
+    for each in (event, later, recorded(device, stream)):
+        with pytest.raises(RuntimeError, match="the stream was closed"):
+            device.synchronize(each, 5)
     assert target.tolist() == [0] * 4
 
 
@@ -182,6 +186,9 @@ def test_a_stream_told_to_end_drops_what_is_queued_and_the_rest_of_a_batch(devic
 
     class Sizes:
         """Of a batch; its stream is told to end between the first range and the second."""
+
+        def sum(self):
+            return 2
 
         def tolist(self):
             yield 1

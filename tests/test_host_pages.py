@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -44,9 +46,20 @@ def ids(count, consecutive, rng):
     return [first + i for i in range(count)] if consecutive else rng.sample(range(2 * count), count)
 
 
+@pytest.fixture(params=["numpy", "torch"])
+def by(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
+
+
 @pytest.mark.parametrize("pages", [(16,), (8, 24), (4, 4), (2, 6), (1, 3), (48, 577, 16)])
 @pytest.mark.parametrize("in_order", [(False, False), (True, False), (False, True), (True, True)])
-def test_pages_equal_the_reference(pages, in_order):
+def test_pages_equal_the_reference(pages, in_order, by):
     rng = random.Random(0)
     for span, first, count, apart in [(1, 0, 1, 0), (1, 0, 9, 8), (3, 2, 11, 4), (4, 1, 6, 2)]:
         chunks = -(-(first + count) // span)
@@ -61,7 +74,7 @@ def test_pages_equal_the_reference(pages, in_order):
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
-def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch):
+def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch, by_torch):
     monkeypatch.setattr(host_pages, "_SLICE_BYTES", 4 * 64)
     rng = random.Random(0)
     for slices in (1, 2):
@@ -69,12 +82,12 @@ def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch):
         check((64,), 1, ids(count, False, rng), ids(count, False, rng), 0)
 
 
-def test_pages_wider_than_a_slice_go_one_at_a_time(monkeypatch):
+def test_pages_wider_than_a_slice_go_one_at_a_time(monkeypatch, by_torch):
     monkeypatch.setattr(host_pages, "_SLICE_BYTES", 32)
     check((64,), 1, [5, 2, 0], [3, 0, 4], 0)
 
 
-def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch):
+def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch, by_torch):
     taken = []
     select = torch.Tensor.index_select
 
@@ -88,7 +101,7 @@ def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch):
     assert max(each.numel() * each.element_size() for each in taken) == 4 * 64
 
 
-def test_between_two_tensors_it_can_be_ended():
+def test_between_two_tensors_it_can_be_ended(by):
     table = PageTable([torch.ones(2, 8, dtype=torch.uint8) for _ in range(3)], 1)
     slots = torch.zeros(2, table.slot_bytes, dtype=torch.uint8)
     calls = iter(())
@@ -105,3 +118,81 @@ def test_between_two_tensors_it_can_be_ended():
         assert int(slots.sum()) == (2 * 2 * 8 if move is host_pages.gather else slots.numel() * 2)
         slots.fill_(2)
     assert [page.view.unique().tolist() for page in table.pages] == [[2], [2], [1]]
+
+
+def small_table(num_blocks=6, tensors=3):
+    caches = [torch.full((num_blocks, 8), i, dtype=torch.uint8) for i in range(tensors)]
+    return PageTable(caches, 1)
+
+
+def test_each_memory_of_slots_has_places_of_its_own():
+    table = small_table()
+    ids = torch.tensor([1, 4])
+    made = [
+        torch.full((rows, table.slot_bytes + apart), POISON, dtype=torch.uint8)
+        for rows, apart in [(2, 0), (4, 0), (2, 8), (2, 0), (2, 8)]
+    ]
+    for slots in [*made, *made]:
+        slots.fill_(POISON)
+        host_pages.gather(table, ids, slots[:, : table.slot_bytes], torch.tensor([0, 1]), 0)
+        wanted = torch.full_like(slots, POISON)
+        wanted[:2, : table.slot_bytes] = torch.tensor(
+            [0, 1, 2], dtype=torch.uint8
+        ).repeat_interleave(8)
+        assert torch.equal(slots, wanted)
+
+
+def test_slots_that_shrink_in_the_same_memory_are_seen_as_they_are_now():
+    table = small_table()
+    memory = torch.zeros(4, table.slot_bytes, dtype=torch.uint8)
+    ids = torch.tensor([2])
+    host_pages.gather(table, ids, memory, torch.tensor([3]), 0)
+    with pytest.raises(IndexError, match="out of bounds"):
+        host_pages.gather(table, torch.tensor([2, 1]), memory[:2], torch.tensor([3, 1]), 0)
+
+
+def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory():
+    table = small_table()
+    ids = torch.tensor([1])
+    for rows in range(1, 3 * host_pages._MAX_PLACES):
+        slots = torch.zeros(rows, table.slot_bytes, dtype=torch.uint8)
+        gone = weakref.ref(slots.untyped_storage()), weakref.ref(slots)
+        host_pages.scatter(table, ids, slots, torch.tensor([rows - 1]), 0)
+        assert table.pages[2].view[1].tolist() == [0] * 8
+        del slots
+        gc.collect()
+        assert gone[1]() is None
+    assert len(host_pages._plans[table]._places) <= host_pages._MAX_PLACES
+
+
+def test_what_is_kept_of_a_table_goes_with_it():
+    before = len(host_pages._plans)
+    table = small_table()
+    slots = torch.zeros(1, table.slot_bytes, dtype=torch.uint8)
+    host_pages.gather(table, torch.tensor([1]), slots, torch.tensor([0]), 0)
+    assert len(host_pages._plans) == before + 1
+    gone = weakref.ref(table.pages[0].view)
+    del table
+    gc.collect()
+    assert gone() is None
+    assert len(host_pages._plans) == before
+
+
+def test_numbers_whose_ends_fit_are_no_slice(by):
+    check((8,), 1, [1, 3, 2, 4], [0, 1, 2, 3], 0)
+    check((8,), 1, [0, 1, 2, 3], [2, 4, 3, 5], 0)
+
+
+def test_pages_that_are_inference_tensors_are_written(by):
+    with torch.inference_mode():
+        cache = torch.zeros(4, 8, dtype=torch.uint8)
+    table = PageTable([cache], 1)
+    slots = torch.full((4, 8), 7, dtype=torch.uint8)
+    # One at a time and in no order, all ways that pages are written.
+    for blocks in ([1], [3, 0]):
+        host_pages.scatter(
+            table, torch.tensor(blocks), slots, torch.tensor([2, 0][: len(blocks)]), 0
+        )
+    assert cache[:, 0].tolist() == [7, 7, 0, 7]
+    host_pages.scatter(table, torch.tensor([2, 1]), slots, torch.tensor([0, 1]), 0)
+    assert cache[:, 0].tolist() == [7, 7, 7, 7]

@@ -251,7 +251,7 @@ def test_a_stream_waits_for_both_runs_of_a_store(device):
         job.wait_on(engine)
         assert set(followed) == offloader._ledger.entry_of(job).transfers
         assert len(followed) == 2
-        engine.queue.put(lambda: kv[10:13].fill_(0xEE))
+        engine.put(lambda: kv[10:13].fill_(0xEE))
         overwritten = device.new_event()
         device.record(overwritten, engine)
         with pytest.raises(TimeoutError):

@@ -238,7 +238,7 @@ def test_pages_are_released_before_the_bytes_have_landed(device, monkeypatch):
     copy = GatedDevice.copy
 
     def slow_copy(self, dst, src, stream):
-        stream.queue.put(lambda: landing.wait(60))
+        stream.put(lambda: landing.wait(60))
         copy(self, dst, src, stream)
 
     with KVOffloader(kv, "64KiB", path="staged") as offloader:
@@ -248,7 +248,7 @@ def test_pages_are_released_before_the_bytes_have_landed(device, monkeypatch):
         assert not job.source_released
         engine = device.new_stream("engine")
         job.wait_on(engine)
-        engine.queue.put(lambda: [tensor[1:3].zero_() for tensor in kv.values()])
+        engine.put(lambda: [tensor[1:3].zero_() for tensor in kv.values()])
         reached = device.new_event()
         device.record(reached, engine)
         assert not device.query(reached)

@@ -279,7 +279,7 @@ def test_pages_are_touched_only_after_what_the_engine_queued_before(device, path
     world.finish(store(world, [0, 1, 2, 3]))
     before = pages[:4].clone()
     computing, stream = threading.Event(), device.new_stream("engine")
-    stream.queue.put(lambda: computing.wait(60))
+    stream.put(lambda: computing.wait(60))
     device.copy(pages[:4], torch.full((4, 64), 7, dtype=torch.uint8), stream)
     specs = [GPULoadStoreSpec([0, 1, 2, 3]), CPULoadStoreSpec([0, 1, 2, 3])]
     if direction == "load":

@@ -320,7 +320,7 @@ def blocked_and_done(world, device):
     """Two jobs of one worker, of which the first does not end until the event is set."""
     assert world.finish(store(world, [0, 1]))[0].success
     computing, stream = threading.Event(), device.new_stream("engine")
-    stream.queue.put(lambda: computing.wait(60))
+    stream.put(lambda: computing.wait(60))
     slots, pages = CPULoadStoreSpec([0]), GPULoadStoreSpec
     blocked = world.queue.transfer_async(slots, pages([8]), stream=stream)
     done = world.queue.transfer_async(slots, pages([9]), expedited=True)

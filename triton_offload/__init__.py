@@ -21,19 +21,22 @@ if TYPE_CHECKING:
         UnwrittenBlocksError,
     )
     from triton_offload.job import OffloadJob
+    from triton_offload.medium import ChunkSpec
     from triton_offload.offloader import KVOffloader
     from triton_offload.scheduler.base import OffloadingEvent
     from triton_offload.scheduler.policies import EvictionPolicy
-    from triton_offload.specs import Direction, TransferResult, TransferStatus
+    from triton_offload.specs import Direction, LoadStoreSpec, TransferResult, TransferStatus
     from triton_offload.stats import OffloadingStats
     from triton_offload.transfer.options import PipelineOptions
 
 __all__ = [
     "Calibration",
+    "ChunkSpec",
     "DeviceLostError",
     "Direction",
     "EvictionPolicy",
     "KVOffloader",
+    "LoadStoreSpec",
     "OffloadJob",
     "OffloadingEvent",
     "OffloadingStats",
@@ -50,10 +53,12 @@ __all__ = [
 
 _MODULE_OF = {
     "Calibration": "calibration",
+    "ChunkSpec": "medium",
     "DeviceLostError": "errors",
     "Direction": "specs",
     "EvictionPolicy": "scheduler.policies",
     "KVOffloader": "offloader",
+    "LoadStoreSpec": "specs",
     "OffloadJob": "job",
     "OffloadingEvent": "scheduler.base",
     "OffloadingStats": "stats",

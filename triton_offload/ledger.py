@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from triton_offload.job import OffloadJob
+from triton_offload.medium import ChunkSpec
 from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction, TransferResult, TransferStatus
 from triton_offload.stats import DirectionTotals
@@ -26,6 +27,7 @@ class Entry:
     others did. `follows`: jobs that are storing chunks which this one names too; of each it needs
     the bytes which that one moves itself, and no more, so that whom that one follows is nothing to
     this one. `followed_by`: the same, from the other side. `error`: why what it follows failed.
+    `chunks`: what an export or import has handed to the medium's worker.
     """
 
     job: OffloadJob
@@ -37,6 +39,7 @@ class Entry:
     followed_by: dict[Entry, None] = field(default_factory=dict)
     moved: bool = False  # all of its own bytes have, or never will
     error: BaseException | None = None
+    chunks: ChunkSpec | None = None
 
 
 class JobLedger:
@@ -47,6 +50,8 @@ class JobLedger:
 
     def __init__(self) -> None:
         self.totals = {direction: DirectionTotals() for direction in Direction}
+        #: of exports (LOAD) and imports (STORE)
+        self.medium_totals = {direction: DirectionTotals() for direction in Direction}
         self._entries: dict[OffloadJob, Entry] = {}
         self._of_transfer: dict[int, Entry] = {}
         self._cancelled: set[int] = set()  # transfers of reported jobs that are not reported yet
@@ -59,6 +64,11 @@ class JobLedger:
     def entries(self) -> list[Entry]:
         """Those under way, the oldest first."""
         return list(self._entries.values())
+
+    @property
+    def awaits_any(self) -> bool:
+        """Whether a transfer is not reported yet."""
+        return bool(self._of_transfer or self._cancelled)
 
     def open(self, entry: Entry, follows: Iterable[Key] = ()) -> None:
         """Note a job whose transfers are submitted; it ends no sooner than the stores under way of
@@ -139,7 +149,8 @@ class JobLedger:
         elif entry.error is not None:
             result = TransferResult(job.job_id, TransferStatus.FAILED, error=entry.error)
         del self._entries[job]
-        self.totals[job.direction].add(result)
+        totals = self.totals if entry.chunks is None else self.medium_totals
+        totals[job.direction].add(result)
         dropped = len(self._finished) == self._finished.maxlen
         self._finished.append(result)
         job._end(result)

@@ -25,11 +25,16 @@ from triton_offload.job import OffloadJob
 from triton_offload.kernels.arguments import as_integer, as_seconds, shown
 from triton_offload.kernels.table import check_ids
 from triton_offload.ledger import Entry, JobLedger
+from triton_offload.medium import ChunkSpec, check_kind, check_spec
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory
 from triton_offload.process_lock import ProcessLock
 from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
-from triton_offload.scheduler.manager import CPUOffloadingManager, OffloadingEvent
+from triton_offload.scheduler.manager import (
+    CPUOffloadingManager,
+    OffloadingEvent,
+    PrepareStoreOutput,
+)
 from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
 from triton_offload.specs import (
@@ -37,15 +42,20 @@ from triton_offload.specs import (
     Direction,
     GPULoadStoreSpec,
     Ids,
+    LoadStoreSpec,
     TransferResult,
     TransferStatus,
     as_ids,
 )
 from triton_offload.stats import OffloadingStats
+from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
+from triton_offload.transfer.worker import OffloadingWorker
 from triton_offload.tuning.calibrate import calibration_for
+
+_BYTES = frozenset({bytes})
 
 BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 
@@ -170,28 +180,19 @@ class KVOffloader:
             stored, span, ids = self._request(
                 keys, block_ids, first_block, group, stream, distinct=False
             )
-            output = self._manager.prepare_store(stored, span.masks())
-            if output is None:
-                raise PoolFullError(
-                    f"host pool: expected room for {len(stored)} chunks, got {self.num_chunks} "
-                    f"chunks of which {self._manager.num_pinned} are pinned by transfers"
-                )
+            output = self._reserve(stored, span.masks())
             entry = self._entry(Direction.STORE, output.keys_to_store)
-            self._manager.touch(stored)
-            self._evictions += len(output.evicted_keys)
             place = {key: i for i, key in enumerate(stored)}
             chunks = [place[key] for key in output.keys_to_store]
-            assert output.store_spec.fresh is not None
             try:
-                for run in runs_to_store(span, chunks, output.blocks):
-                    transfer = self._queue.transfer_async(
-                        self._device_spec(ids[run.blocks], run.first, group),
-                        CPULoadStoreSpec(
-                            output.store_spec.slot_ids[run.chunks],
-                            output.store_spec.fresh[run.chunks],
-                        ),
-                        stream=stream,
-                    )
+                runs = runs_to_store(span, chunks, output.blocks)
+                for run in runs:
+                    spec = output.store_spec
+                    if len(runs) > 1:
+                        assert spec.fresh is not None
+                        spec = CPULoadStoreSpec(spec.slot_ids[run.chunks], spec.fresh[run.chunks])
+                    device_spec = self._device_spec(ids[run.blocks], run.first, group)
+                    transfer = self._queue.transfer_async(device_spec, spec, stream=stream)
                     entry.transfers.add(transfer)
             except BaseException as error:
                 if not entry.transfers:
@@ -334,6 +335,8 @@ class KVOffloader:
                 self._pool.pinned,
                 self._pool.pin_failure,
                 self._queue.broken_paths,
+                imported=self._ledger.medium_totals[Direction.STORE].stats(),
+                exported=self._ledger.medium_totals[Direction.LOAD].stats(),
             )
 
     def close(self, timeout: float | None = None) -> None:
@@ -360,6 +363,102 @@ class KVOffloader:
             rest.callback(self._pool.close)  # every job has ended, whatever else goes wrong
             rest.callback(self._queue.shutdown, _left(deadline))
         self._finalizer.detach()  # all is freed, and nothing is left to do
+
+    # -- a medium of the user's --
+
+    def register_worker(
+        self,
+        src_cls: type[LoadStoreSpec],
+        dst_cls: type[LoadStoreSpec],
+        worker: OffloadingWorker | TransferFunction,
+        num_threads: SupportsIndex = 1,
+    ) -> None:
+        """Let `worker` move chunks between the pool and a medium of your own, a disk say.
+
+        `src_cls`, `dst_cls`: `ChunkSpec` and a subclass of LoadStoreSpec of yours, which says where
+        chunks lie in your medium: `(ChunkSpec, YourSpec)` for `export_chunks`, `(YourSpec,
+        ChunkSpec)` for `import_chunks`.
+
+        `worker`: a function `(src_spec, dst_spec)`, called by `num_threads` threads of its own. It
+        reads `chunk.data` or calls `chunk.write` for each of the ChunkSpec's `chunks`, and returns
+        how many bytes it moved (True, None: not counted). False, anything else, and what it raises
+        end the job as failed. It may call the offloader, but neither close it nor wait for jobs
+        that its own threads have to run. For a medium with streams of its own, an
+        `OffloadingWorker`; the offloader shuts it down.
+
+        Raises TypeError or ValueError for wrong arguments, and for a second worker of a kind;
+        RuntimeError when closed.
+        """
+        with self._lock:
+            self._check_open()
+            check_kind(src_cls, dst_cls)
+            self._queue.register_worker(src_cls, dst_cls, worker, num_threads)
+
+    def export_chunks(
+        self, keys: Sequence[bytes], dst: LoadStoreSpec, *, group: int = 0
+    ) -> OffloadJob:
+        """Hand the chunks of `keys` to the worker of `(ChunkSpec, type(dst))`; return at once.
+
+        They stay in the pool, and are not evicted before the job has ended; it is no use of them
+        that would keep them longer. Of partial chunks the blocks that can be loaded now are handed
+        over (`Chunk.blocks`).
+
+        Raises UnknownKeyError, PendingKeyError, TypeError or ValueError, RuntimeError when closed;
+        nothing has changed then.
+        """
+        with self._lock:
+            self._check_open()
+            stored = self._offload_keys(keys, group)
+            check_spec("dst", dst)
+            self._collect()
+            # Any mask will do for what can't be loaded, and is refused by name.
+            masks = [self._manager.loadable_blocks(key) or 1 for key in stored]
+            slots = self._manager.prepare_load(stored, masks).slot_ids
+            entry = self._entry(Direction.LOAD, stored)
+            try:
+                entry.chunks = self._chunks(stored, masks, slots, group, writing=False)
+                if stored:
+                    entry.transfers.add(self._queue.transfer_async(entry.chunks, dst))
+            except BaseException:
+                self._manager.complete_load(entry.keys, latest=True)
+                raise
+            return self._open(entry)
+
+    def import_chunks(
+        self,
+        keys: Sequence[bytes],
+        src: LoadStoreSpec,
+        *,
+        blocks: Sequence[int] | None = None,
+        group: int = 0,
+    ) -> OffloadJob:
+        """Let the worker of `(type(src), ChunkSpec)` fill chunks of the pool; return at once.
+
+        They can be loaded when the job has ended well, which is when the worker wrote every one of
+        them; else those of the job are forgotten, but what the pool held before is there. `blocks`:
+        a bitmask per key, as `Chunk.blocks` of the export had it; None: whole chunks. What the pool
+        holds already is not asked for again (`ChunkSpec.chunks` has fewer chunks than `keys`, or
+        fewer blocks); what another job is storing, the job waits for.
+
+        Raises as `store` does, and TypeError for a `src` that is no spec of yours.
+        """
+        with self._lock:
+            self._check_open()
+            stored = self._offload_keys(keys, group)
+            check_spec("src", src)
+            self._queue._worker_for(type(src), ChunkSpec)  # raises before anything is evicted
+            self._collect()
+            output = self._reserve(stored, blocks)
+            entry = self._entry(Direction.STORE, output.keys_to_store)
+            try:
+                slots = output.store_spec.slot_ids
+                entry.chunks = self._chunks(entry.keys, output.blocks, slots, group, writing=True)
+                if entry.keys:
+                    entry.transfers.add(self._queue.transfer_async(src, entry.chunks))
+            except BaseException:
+                self._manager.complete_store(entry.keys, success=False, latest=True)
+                raise
+            return self._open(entry, output.pending_keys)
 
     def __enter__(self) -> KVOffloader:
         return self
@@ -417,9 +516,10 @@ class KVOffloader:
         if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
             raise ValueError(f"keys: expected one key (bytes) a chunk, got {type(keys).__name__}")
         keys = list(keys)
-        for key in keys:
-            if not isinstance(key, bytes):
-                raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
+        if not _BYTES.issuperset(map(type, keys)):  # no loop where all are just that
+            for key in keys:
+                if not isinstance(key, bytes):
+                    raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
         if count == 1:
             return keys
         suffix = number.to_bytes(4, "big")
@@ -429,6 +529,26 @@ class KVOffloader:
         count = len(self._layout.groups)
         sizes = [len(ids) if i == group else 0 for i in range(count)]
         return GPULoadStoreSpec(ids, sizes, [first] * count)
+
+    def _reserve(self, keys: Sequence[Key], masks: Sequence[int] | None) -> PrepareStoreOutput:
+        """Slots for what of these chunks is to be stored."""
+        output = self._manager.prepare_store(keys, masks)
+        if output is None:
+            raise PoolFullError(
+                f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks} "
+                f"chunks of which {self._manager.num_pinned} are pinned by transfers"
+            )
+        self._manager.touch(keys)
+        self._evictions += len(output.evicted_keys)
+        return output
+
+    def _chunks(
+        self, keys: Sequence[Key], masks: Sequence[int], slots: Ids, group: int, *, writing: bool
+    ) -> ChunkSpec:
+        if len(self._layout.groups) > 1:  # without the group's number
+            keys = [key[:-4] for key in keys]
+        table = self._layout.groups[group].table
+        return ChunkSpec.of(keys, masks, self._pool.slots, slots, table, group, writing=writing)
 
     def _entry(self, direction: Direction, keys: Iterable[Key]) -> Entry:
         return Entry(OffloadJob(self, next(self._ids), direction), list(keys), self._resets)
@@ -442,6 +562,8 @@ class KVOffloader:
     def _collect(self) -> None:
         """Take in what has ended: release pins, make stored keys loadable."""
         with self._lock:
+            if not self._ledger.awaits_any:
+                return
             for result in self._queue.get_finished():
                 entry = self._ledger.take(result)
                 if entry is not None:
@@ -449,6 +571,13 @@ class KVOffloader:
 
     def _complete(self, entry: Entry) -> None:
         """Nothing that a job moves itself is under way any more."""
+        missing = entry.chunks.end() if entry.chunks is not None else []
+        if missing and all(part.success for part in entry.parts):
+            error = RuntimeError(
+                f"worker: expected it to write every chunk, got no bytes of {missing[0]!r}"
+            )
+            failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
+            entry.parts.append(failed)
         # One that is taken back may end before an older one of its keys, from before a reset.
         latest = entry.resets == self._resets
         if entry.job.direction is Direction.LOAD:
@@ -483,6 +612,7 @@ class KVOffloader:
 
     def _block(self, job: OffloadJob, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._collect()  # what is small may be over
         while job._result is None:
             self._queue.wait(self._transfers_of(job, follows=True), _left(deadline))
             self._collect()

@@ -31,8 +31,8 @@ __all__ = [
 class Direction(Enum):
     """Which way a job moves bytes."""
 
-    STORE = "store"  # device to host
-    LOAD = "load"  # host to device
+    STORE = "store"  # device (or, of an import, a medium of the user's) to host
+    LOAD = "load"  # host to device (or, of an export, to such a medium)
 
 
 class LoadStoreSpec:

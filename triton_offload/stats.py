@@ -117,3 +117,6 @@ class OffloadingStats:
     pinned: bool
     pin_error: str | None
     broken_paths: tuple[str, ...]
+    #: jobs of media of the user's, with the bytes that these counted
+    imported: DirectionStats = field(default_factory=DirectionStats)
+    exported: DirectionStats = field(default_factory=DirectionStats)

@@ -21,6 +21,9 @@ from triton_offload.calibration import PathTable
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
+#: How the note begins that tells, of a failed job's error, where it was raised.
+WHERE = "Raised in a transfer, at\n"
+
 # Opaque handles: each device has its own (torch.cuda.Stream, a thread with a queue, a record of
 # the simulator), and only that device looks inside.
 Stream = Any

@@ -71,7 +71,7 @@ def runs_to_store(span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]) 
     stored: list[int] = []
     open_end = False  # the last run ends at its chunk's end, so that the next chunk may join
     for i, (chunk, mask) in enumerate(zip(chunks, masks, strict=True)):
-        for begin, end in _bit_runs(mask):
+        for begin, end in bit_runs(mask):
             if not (open_end and begin == 0):
                 blocks, stored = [], []
                 runs.append(StoreRun(blocks, begin, stored))
@@ -84,11 +84,11 @@ def runs_to_store(span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]) 
 
 def positions(mask: int) -> str:
     """The blocks of a mask as people write them: "0-2, 5"."""
-    runs = [(begin, end - 1) for begin, end in _bit_runs(mask)]
+    runs = [(begin, end - 1) for begin, end in bit_runs(mask)]
     return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
 
 
-def _bit_runs(mask: int) -> list[tuple[int, int]]:
+def bit_runs(mask: int) -> list[tuple[int, int]]:
     """The runs [begin, end) of ones, from the lowest."""
     runs = []
     position = 0

@@ -112,6 +112,10 @@ class CPUOffloadingManager(OffloadingManager):
             return ChunkState.MISSING
         return ChunkState.READY if self._loadable(key) else ChunkState.PENDING
 
+    def loadable_blocks(self, key: Key) -> int:
+        """The blocks of a chunk that can be loaded, as a bitmask; 0 where there are none."""
+        return self._loadable(key) if key in self._slot_of else 0
+
     def lookup(self, keys: Sequence[Key], blocks: Sequence[int] | None = None) -> int:
         return self._lookup(keys, None if blocks is None else self._masks(keys, blocks))
 

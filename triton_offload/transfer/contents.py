@@ -44,6 +44,10 @@ class SlotContents:
         """A store of this run is queued now: what it must clear. From here on its slots hold it."""
         group, partial = run.group.index, run.partial_chunks()
         holder = self._holder[run.slot_ids]
+        if not partial and not run.group.has_gaps and run.fresh is not None and run.fresh.all():
+            self._holder[run.slot_ids] = group  # the common store: whole chunks in fresh slots
+            stale = np.flatnonzero(~self._overwrites[group, holder])
+            return SlotMarks(stale=tuple(stale.tolist()))
         fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
         stale = np.flatnonzero(fresh & ~self._overwrites[group, holder])
         alone = fresh | (holder == _ZEROS) | (holder == group)

@@ -60,6 +60,8 @@ class DeviceWorker(OffloadingWorker):
         return self._pipeline.all_broken_paths
 
     def get_finished(self) -> list[TransferResult]:
+        if not self._jobs:  # the pipeline's other worker asks for its own
+            return []
         with self._lock:
             results = []
             for job in self._pipeline.take_finished(self._direction):

@@ -33,6 +33,7 @@ class _FunctionJob:
     dst: LoadStoreSpec
     turn: Turn
     started: bool = False
+    thread: int = 0  # that runs it
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -115,6 +116,8 @@ class FunctionWorker(OffloadingWorker):
         with self._lock:
             jobs = [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
         for job in jobs:
+            if job.thread == threading.get_ident():
+                raise RuntimeError(f"job {job.job_id}: a function can't wait for its own job")
             if not job.ended.wait(seconds_until(deadline)):
                 raise TimeoutError(f"job {job.job_id} was not done within {timeout} s")
 
@@ -154,6 +157,7 @@ class FunctionWorker(OffloadingWorker):
             job.turn.wait()
             with self._lock:  # it may have been cancelled, or refused for want of a thread
                 job.started = self._jobs.get(job.job_id) is job
+                job.thread = threading.get_ident()
             if not job.started:
                 return TransferResult(job.job_id, TransferStatus.CANCELLED)
             start = time.perf_counter()

@@ -72,6 +72,11 @@ class Lane:
         return bool(self._backlog)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether it has a job that is not over."""
+        return bool(self._backlog or self._in_flight)
+
+    @property
     def broken(self) -> frozenset[Path]:
         """The paths that could not be queued here, for which others stand in."""
         return self.paths.broken

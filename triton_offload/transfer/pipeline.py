@@ -28,7 +28,7 @@ import numpy as np
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
-from triton_offload.device.base import Stream
+from triton_offload.device.base import WHERE, Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.contents import SlotContents
@@ -42,9 +42,6 @@ _log = logging.getLogger(__name__)
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
-
-# How the note begins that says where a failed job's error was raised.
-_WHERE = "Raised in a transfer, at\n"
 
 _LANES = {
     "store": Direction.STORE,
@@ -308,6 +305,8 @@ class Pipeline:
 
     def _pump(self) -> None:
         for name, lane in self._lanes.items():
+            if not lane.is_busy:
+                continue
             lane.pump()
             jobs = self._jobs_of_lane[name]
             for job in lane.finished:
@@ -403,6 +402,6 @@ def _forget_frames(error: BaseException) -> None:
                 where = "".join(traceback.format_tb(each.__traceback__))
                 each.__traceback__ = None
                 notes: list[str] = getattr(each, "__notes__", [])
-                if not any(note.startswith(_WHERE) for note in notes):  # it may end several jobs
-                    each.add_note(_WHERE + where)
+                if not any(note.startswith(WHERE) for note in notes):  # it may end several jobs
+                    each.add_note(WHERE + where)
             left += [each.__cause__, each.__context__]

@@ -146,8 +146,12 @@ class OffloadingQueueManager:
             workers = list(self._distinct)
         for worker in workers:
             ended = worker.get_finished()
+            if not ended:
+                continue
             with self._lock:  # at once: where the next worker raises, these are for the next call
                 self._ended += ended
+        if not self._ended:
+            return []
         with self._lock:
             results, self._ended = self._ended, []
             for result in results:
