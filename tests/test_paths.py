@@ -20,7 +20,8 @@ from triton_offload.transfer.segment import Queued
 
 
 def paths_of_a_lane(table: PathTable, *, reaches_pool: bool = True) -> LanePaths:
-    return LanePaths(SimpleNamespace(direction=Direction.LOAD, reaches_pool=reaches_pool), table)
+    streams = SimpleNamespace(direction=Direction.LOAD, reaches_pool=reaches_pool)
+    return LanePaths("load", streams, table)
 
 
 def test_every_path_is_described():
@@ -61,7 +62,7 @@ def test_the_rule_is_asked_for_the_mean_page_and_all_pages():
 
 
 def test_pages_are_released_with_the_last_segment_or_where_there_is_none_with_the_end():
-    job = Job(1, Direction.STORE, "store", 1, 0, [], None, [])
+    job = Job(1, Direction.STORE, "store", 1, 0, [], None, [], 0.0)
     job.end = "end"
     assert job.released == "end"
     job.last = Queued("gathered", "copied", ("gathered", "copied"), 2)
