@@ -10,8 +10,8 @@ from pipelines import PipelineWorld
 
 from triton_offload import KVOffloader, ledger
 from triton_offload.calibration import Path
-from triton_offload.device.base import DeviceLostError
 from triton_offload.device.host import HostDevice
+from triton_offload.errors import DeviceLostError
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
@@ -127,7 +127,7 @@ def test_a_path_that_is_replaced_is_told_of_once_and_not_for_each_job(caplog, pa
         world.finish(job)
         assert job.result.status is TransferStatus.SUCCESS
     world.close()
-    text = the_warning(caplog, "transfer.lane")
+    text = the_warning(caplog, "transfer.lane_paths")
     assert text.startswith(
         f"the path {path.value} of the lane load could not be queued "
         f"(InjectedError('injected: not queued')): {stands_in} stands in for it from now on"
@@ -146,7 +146,7 @@ def test_where_no_path_is_left_nothing_is_said_to_stand_in(caplog):
         world.finish(job)
         assert isinstance(job.result.error, InjectedError)
     world.close()
-    assert "copy_engine stands in" in the_warning(caplog, "transfer.lane")
+    assert "copy_engine stands in" in the_warning(caplog, "transfer.lane_paths")
 
 
 # -- batches of copies --
