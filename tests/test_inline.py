@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -89,6 +90,7 @@ def test_small_work_on_an_idle_stream_is_done_when_it_is_submitted(device, strea
 
 def test_small_work_behind_queued_work_keeps_its_turn(device, streams):
     end = hold(streams[0])
+    assert not device.query(recorded(device, streams[0]))
     target = bytes_of(0)
     device.copy(target, bytes_of(1), streams[0])
     event = recorded(device, streams[0])
@@ -98,6 +100,9 @@ def test_small_work_behind_queued_work_keeps_its_turn(device, streams):
     device.synchronize(event, 60)
     assert target.tolist() == [1] * 4
     assert device.ran_on == [streams[0].thread.ident]
+    deadline = time.monotonic() + 5
+    while streams[0].tasks._unfinished:  # the event is reached a moment before its turn is over
+        assert time.monotonic() < deadline
 
 
 def test_small_work_behind_a_wait_waits_for_that(device, streams):
@@ -190,6 +195,7 @@ def test_what_others_submit_meanwhile_queues_behind_it(device, streams):
     device._submit(streams[0], lambda: order.append("second"), 1)  # returns at once
     event = recorded(device, streams[0])
     assert not device.query(event)
+    time.sleep(0.1)  # in which its thread could begin
     assert order == []
     end.set()
     device.synchronize(event, 60)
