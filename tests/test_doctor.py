@@ -488,7 +488,7 @@ def test_facts_of_this_machine_name_every_path_beside_the_limit(roots):
 def test_the_path_of_auto_is_that_of_each_direction(roots, monkeypatch):
     load_rule = PathRule(Direction.LOAD, 0, 0, Path.STAGED)
     table = PathTable(Path.COPY_ENGINE, (load_rule,))
-    monkeypatch.setattr(facts, "load", lambda *args: Calibration(table))
+    monkeypatch.setattr(facts, "read", lambda *args: Calibration(table))
     found = gather(CPU, GIB, lambda done, total: None, roots, 8 << 20)
     chosen = {(speed.direction, speed.path) for speed in found.speeds if speed.chosen}
     assert chosen == {(Direction.STORE, Path.COPY_ENGINE), (Direction.LOAD, Path.STAGED)}

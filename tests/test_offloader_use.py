@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
+from gated import GatedDevice
 
 from triton_offload import KVOffloader
 
 ONE, TWO, THREE, FOUR, FIVE = (bytes([i]) for i in range(1, 6))
 
 
-def offloader(policy: str, num_chunks: int = 4) -> KVOffloader:
+def offloader(policy: str, num_chunks: int = 4, device: Any = None) -> KVOffloader:
     caches = [torch.arange(8 * 16, dtype=torch.uint8).reshape(8, 16)]
-    return KVOffloader(caches, host_bytes=16 * num_chunks, policy=policy)
+    return KVOffloader(caches, host_bytes=16 * num_chunks, policy=policy, device=device)
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc"])
@@ -30,8 +32,11 @@ def test_of_a_prefix_that_was_stored_in_two_jobs_the_tail_leaves_first(policy: s
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_a_growing_prefix_that_is_stored_step_by_step_leaves_from_its_end(policy: str) -> None:
     keys = [bytes([i]) for i in range(8)]
-    with offloader(policy, num_chunks=8) as kv:
+    device = GatedDevice()
+    device.gate.clear()  # all are under way: what landed between two steps would be used again
+    with offloader(policy, num_chunks=8, device=device) as kv:
         jobs = [kv.store(keys[:n], range(n)) for n in (2, 4, 6, 8)]
+        device.gate.set()
         for job in reversed(jobs):
             job.wait()
         for left in range(7, 3, -1):

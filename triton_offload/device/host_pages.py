@@ -142,7 +142,9 @@ def _views(
     blocks = _numbers(block_ids.numpy())
     slot: Any = slot_ids.numpy()
     position: Any = 0
-    if table.blocks_per_chunk > 1:
+    if table.blocks_per_chunk == 1:
+        slot = slot[first_block : first_block + len(block_ids)]
+    else:
         number = np.arange(first_block, first_block + len(block_ids))
         chunk, position = np.divmod(number, table.blocks_per_chunk)
         slot = slot[chunk]
