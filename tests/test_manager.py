@@ -304,10 +304,10 @@ def test_a_refused_load_unpins_nothing_that_is_older_than_a_reset(policy: str) -
     with pytest.raises(UnknownKeyError):
         manager.prepare_load([A])
     store(manager, [A])
-    manager.prepare_load([A])
-    manager.complete_load([A], latest=True)  # it could not be submitted
+    slots = manager.prepare_load([A]).slot_ids.tolist()
+    manager.complete_load([A], slots=slots)  # it could not be submitted
     with pytest.raises(ValueError, match="being loaded"):
-        manager.complete_load([A], latest=True)  # and the older one isn't meant
+        manager.complete_load([A], slots=slots)  # and the older one isn't meant
     manager._check()
     assert (manager.num_used, manager.num_pinned) == (2, 1)
     manager.complete_load([A])
@@ -338,10 +338,10 @@ def test_what_could_not_be_submitted_is_taken_back_from_the_new_chunk(policy: st
     prepare(manager, [B])
     manager.reset()
     store(manager, [A])
-    manager.prepare_load([A])
-    prepare(manager, [B])
-    manager.complete_load([A], latest=True)
-    manager.complete_store([B], False, latest=True)
+    loaded = manager.prepare_load([A]).slot_ids.tolist()
+    stored = prepare(manager, [B]).store_spec.slot_ids.tolist()
+    manager.complete_load([A], slots=loaded)
+    manager.complete_store([B], False, slots=stored)
     manager._check()
     assert manager.num_pinned == 2  # what is older than the reset
     manager.complete_store([B])
@@ -485,3 +485,25 @@ def test_a_big_pool_of_which_nearly_all_is_being_loaded_goes_on_storing(policy: 
         manager.complete_store(prepare(manager, [b"%d" % i]).keys_to_store)
     assert manager.lookup(keys) == 99_900
     manager._check()
+
+
+def test_transfers_older_than_two_resets_end_in_any_order(policy: str) -> None:
+    """A slot is given out when its own transfer has ended, and not when another of its key has."""
+    manager = CPUOffloadingManager(3, policy)
+    loads = []
+    for _ in range(2):
+        store(manager, [A])
+        loads.append(manager.prepare_load([A]).slot_ids.tolist())
+        manager.reset()
+    written = prepare(manager, [A]).store_spec.slot_ids.tolist()
+    manager.reset()
+    assert manager.prepare_store([B]) is None
+    manager.complete_load([A], slots=loads[1])
+    manager._check()
+    assert prepare(manager, [B]).store_spec.slot_ids.tolist() == loads[1]
+    manager.complete_store([A], slots=written)
+    manager.complete_store([B])
+    assert [manager.lookup([key]) for key in (A, B)] == [0, 1]
+    manager.complete_load([A], slots=loads[0])
+    manager._check()
+    assert (manager.num_used, manager.num_pinned) == (1, 0)

@@ -112,8 +112,9 @@ def a_key_that_many_resets_dropped(number: int, policy: str) -> Callable[[], Non
 
 
 def store_latest(manager: CPUOffloadingManager) -> None:
-    assert manager.prepare_store([A]) is not None
-    manager.complete_store([A], latest=True)
+    output = manager.prepare_store([A])
+    assert output is not None
+    manager.complete_store([A], slots=output.store_spec.slot_ids.tolist())
 
 
 def resets_with_loads_under_way(number: int, policy: str) -> Callable[[], None]:

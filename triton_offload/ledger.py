@@ -32,7 +32,7 @@ class Entry:
 
     job: OffloadJob
     keys: list[Key]
-    resets: int  # of the pool, before it
+    slots: list[int]  # of those
     transfers: set[int] = field(default_factory=set)
     parts: list[TransferResult] = field(default_factory=list)
     follows: dict[Entry, None] = field(default_factory=dict)

@@ -144,7 +144,7 @@ class KVOffloader:
         self._lock = ProcessLock("offloader")
         self._ids = itertools.count(1)
         self._ledger = JobLedger()
-        self._lookups = self._hits = self._evictions = self._resets = 0
+        self._lookups = self._hits = self._evictions = 0
         self._closed = False  # no new jobs
         self._finalizer = weakref.finalize(self, _dropped, os.getpid(), self._queue, self._pool)
         # At exit the device ends its threads by itself; draining them first may take long.
@@ -181,7 +181,7 @@ class KVOffloader:
                 keys, block_ids, first_block, group, stream, distinct=False
             )
             output = self._reserve(stored, span.masks())
-            entry = self._entry(Direction.STORE, output.keys_to_store)
+            entry = self._entry(Direction.STORE, output.keys_to_store, output.store_spec.slot_ids)
             place = {key: i for i, key in enumerate(stored)}
             chunks = [place[key] for key in output.keys_to_store]
             try:
@@ -196,7 +196,7 @@ class KVOffloader:
                     entry.transfers.add(transfer)
             except BaseException as error:
                 if not entry.transfers:
-                    self._manager.complete_store(entry.keys, success=False, latest=True)
+                    self._manager.complete_store(entry.keys, success=False, slots=entry.slots)
                     raise
                 # Part of it is under way: it ends as failed when that has ended.
                 failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
@@ -228,7 +228,7 @@ class KVOffloader:
             )
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
-            entry = self._entry(Direction.LOAD, stored)
+            entry = self._entry(Direction.LOAD, stored, spec.slot_ids)
             try:
                 if len(ids):
                     transfer = self._queue.transfer_async(
@@ -239,7 +239,7 @@ class KVOffloader:
                     )
                     entry.transfers.add(transfer)
             except BaseException:
-                self._manager.complete_load(stored, latest=True)
+                self._manager.complete_load(stored, slots=entry.slots)
                 raise
             return self._open(entry)
 
@@ -314,7 +314,6 @@ class KVOffloader:
         with self._lock:
             self._check_open()
             self._manager.reset()
-            self._resets += 1
 
     def stats(self) -> OffloadingStats:
         """What was done since construction, and how it stands now; after `close` too."""
@@ -414,13 +413,13 @@ class KVOffloader:
             # Any mask will do for what can't be loaded, and is refused by name.
             masks = [self._manager.loadable_blocks(key) or 1 for key in stored]
             slots = self._manager.prepare_load(stored, masks).slot_ids
-            entry = self._entry(Direction.LOAD, stored)
+            entry = self._entry(Direction.LOAD, stored, slots)
             try:
                 entry.chunks = self._chunks(stored, masks, slots, group, writing=False)
                 if stored:
                     entry.transfers.add(self._queue.transfer_async(entry.chunks, dst))
             except BaseException:
-                self._manager.complete_load(entry.keys, latest=True)
+                self._manager.complete_load(entry.keys, slots=entry.slots)
                 raise
             return self._open(entry)
 
@@ -449,14 +448,14 @@ class KVOffloader:
             self._queue._worker_for(type(src), ChunkSpec)  # raises before anything is evicted
             self._collect()
             output = self._reserve(stored, blocks)
-            entry = self._entry(Direction.STORE, output.keys_to_store)
+            slots = output.store_spec.slot_ids
+            entry = self._entry(Direction.STORE, output.keys_to_store, slots)
             try:
-                slots = output.store_spec.slot_ids
                 entry.chunks = self._chunks(entry.keys, output.blocks, slots, group, writing=True)
                 if entry.keys:
                     entry.transfers.add(self._queue.transfer_async(src, entry.chunks))
             except BaseException:
-                self._manager.complete_store(entry.keys, success=False, latest=True)
+                self._manager.complete_store(entry.keys, success=False, slots=entry.slots)
                 raise
             return self._open(entry, output.pending_keys)
 
@@ -550,8 +549,8 @@ class KVOffloader:
         table = self._layout.groups[group].table
         return ChunkSpec.of(keys, masks, self._pool.slots, slots, table, group, writing=writing)
 
-    def _entry(self, direction: Direction, keys: Iterable[Key]) -> Entry:
-        return Entry(OffloadJob(self, next(self._ids), direction), list(keys), self._resets)
+    def _entry(self, direction: Direction, keys: Iterable[Key], slots: Ids) -> Entry:
+        return Entry(OffloadJob(self, next(self._ids), direction), list(keys), slots.tolist())
 
     def _open(self, entry: Entry, follows: Iterable[Key] = ()) -> OffloadJob:
         self._ledger.open(entry, follows)
@@ -578,13 +577,12 @@ class KVOffloader:
             )
             failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
             entry.parts.append(failed)
-        # One that is taken back may end before an older one of its keys, from before a reset.
-        latest = entry.resets == self._resets
+        # By its slots: it may end before an older one of its keys, from before a reset.
         if entry.job.direction is Direction.LOAD:
-            self._manager.complete_load(entry.keys, latest=latest)
+            self._manager.complete_load(entry.keys, slots=entry.slots)
         else:
             success = all(part.success for part in entry.parts)
-            self._manager.complete_store(entry.keys, success=success, latest=latest)
+            self._manager.complete_store(entry.keys, success=success, slots=entry.slots)
         self._ledger.moved(entry)
 
     def _cancel(self, entry: Entry) -> bool:

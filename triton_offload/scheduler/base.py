@@ -81,12 +81,12 @@ class OffloadingManager(ABC):
 
     @abstractmethod
     def complete_store(
-        self, keys: Sequence[Key], success: bool = True, *, latest: bool = False
+        self, keys: Sequence[Key], success: bool = True, *, slots: Sequence[int] | None = None
     ) -> None:
         """Ends the stores of `keys`; a failed one leaves nothing behind that could be loaded.
 
-        Where a reset lies between two stores of a key, it is the first one that ends; the last one
-        if `latest`: for a store that was prepared and could not be submitted.
+        `slots`: that of each key, as the store was prepared. A reset may lie between two stores of
+        a key that are both under way: they tell which one ends. None: the older one.
 
         Raises ValueError on a key that isn't being stored, or that is given twice.
         """
@@ -101,8 +101,8 @@ class OffloadingManager(ABC):
         """
 
     @abstractmethod
-    def complete_load(self, keys: Sequence[Key], *, latest: bool = False) -> None:
-        """Takes back one pin of each key; `latest` as for stores. Raises ValueError on a key that
+    def complete_load(self, keys: Sequence[Key], *, slots: Sequence[int] | None = None) -> None:
+        """Takes back one pin of each key; `slots` as for stores. Raises ValueError on a key that
         has none."""
 
     @abstractmethod

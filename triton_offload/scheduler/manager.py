@@ -54,8 +54,8 @@ class CPUOffloadingManager(OffloadingManager):
     extends it in its slot: what was there stays loadable, and a failure loses the new blocks only.
 
     The slot of a chunk that a reset dropped with transfers under way is not given out before these
-    are completed. A completion only names its key: where that has been stored anew since, the
-    first completions (but `latest` ones) count for the old chunk, for loads and stores each.
+    are completed. A completion that does not name its `slots` counts for the oldest chunk of its
+    key that such a transfer is under way for.
 
     `policy`: "lru", "arc", or what makes an `EvictionPolicy` of the number of chunks. One that
     raises, or names what may not be evicted, is asked no more: `prepare_store` raises RuntimeError
@@ -232,9 +232,9 @@ class CPUOffloadingManager(OffloadingManager):
         return evicted
 
     def complete_store(
-        self, keys: Sequence[Key], success: bool = True, *, latest: bool = False
+        self, keys: Sequence[Key], success: bool = True, *, slots: Sequence[int] | None = None
     ) -> None:
-        live, masks = self._end_stores(keys, latest)
+        live, masks = self._end_stores(keys, slots)
         stored: Sequence[Key] = live  # for the first time
         idle: Sequence[Key] = ()  # extended ones that are idle again
         # A mask of every block is a first store, and whole chunks are the common case.
@@ -250,21 +250,23 @@ class CPUOffloadingManager(OffloadingManager):
             self._policy.remove(stored)
             self._slots.put(map(self._slot_of.pop, stored))
 
-    def _end_stores(self, keys: Sequence[Key], latest: bool) -> tuple[Sequence[Key], list[int]]:
+    def _end_stores(
+        self, keys: Sequence[Key], slots: Sequence[int] | None
+    ) -> tuple[Sequence[Key], list[int]]:
         """Those of the keys whose chunks the pool still has, and the blocks that each was to write.
 
         The others' chunks were dropped by a reset: their slots are free from now on.
         """
         if len(set(keys)) != len(keys):
             raise _named_twice(keys)
-        older = None if latest or not self._orphans else self._orphans
-        live = older.without(keys, Direction.STORE) if older else keys
+        older = self._orphans or None
+        live = older.without(keys, Direction.STORE, slots) if older else keys
         storing = self._storing
         if not all(map(storing.__contains__, live)):
             wrong = next(key for key in live if key not in storing)
             raise ValueError(f"keys: expected keys that are being stored, got {wrong!r}")
         if older:
-            self._slots.put(older.complete(keys, Direction.STORE))
+            self._slots.put(older.complete(keys, Direction.STORE, slots))
         return live, list(map(storing.pop, live))
 
     def _end_parts(
@@ -299,9 +301,9 @@ class CPUOffloadingManager(OffloadingManager):
         self._num_busy += num_idle
         return CPULoadStoreSpec(np.array([self._slot_of[key] for key in keys], dtype=np.int64))
 
-    def complete_load(self, keys: Sequence[Key], *, latest: bool = False) -> None:
-        older = None if latest or not self._orphans else self._orphans
-        live = older.without(keys, Direction.LOAD) if older else keys
+    def complete_load(self, keys: Sequence[Key], *, slots: Sequence[int] | None = None) -> None:
+        older = self._orphans or None
+        live = older.without(keys, Direction.LOAD, slots) if older else keys
         loading, storing = self._loading, self._storing
         idle: list[Key] = []
         for i, key in enumerate(live):
@@ -315,7 +317,7 @@ class CPUOffloadingManager(OffloadingManager):
             elif key not in storing:
                 idle.append(key)
         if older:
-            self._slots.put(older.complete(keys, Direction.LOAD))
+            self._slots.put(older.complete(keys, Direction.LOAD, slots))
         self._num_busy -= len(idle)
         self._policy.release(idle)
 

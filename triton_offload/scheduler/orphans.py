@@ -12,9 +12,10 @@ from triton_offload.specs import Direction
 class Orphans:
     """Slots whose keys a reset dropped while transfers used them, until these have ended.
 
-    A completion names its key only. It means the oldest orphan of that key which still has a
-    transfer in that direction and, where there is none, no orphan. Every method but `_check` is
-    O(1) a transfer, however many orphans a key has.
+    A completion that names its slot means the orphan there. One that names its key only means the
+    oldest orphan of that key which still has a transfer in that direction and, where there is none,
+    no orphan. Every method but `_check` is O(1) per transfer, however many orphans a key has, for a
+    key that is named alone.
     """
 
     def __init__(self) -> None:
@@ -37,8 +38,13 @@ class Orphans:
                 self._slots_of[direction].setdefault(key, deque()).extend([slot] * count)
         self._num_left[slot] = num_stores + num_loads
 
-    def without(self, keys: Sequence[Key], direction: Direction) -> list[Key]:
+    def without(
+        self, keys: Sequence[Key], direction: Direction, slots: Sequence[int] | None = None
+    ) -> list[Key]:
         """Those of `keys` whose completion means no orphan."""
+        if slots is not None:
+            pairs = zip(keys, slots, strict=True)
+            return [key for key, slot in pairs if slot not in self._num_left]
         slots_of = self._slots_of[direction]
         seen: Counter[Key] = Counter()
         rest = []
@@ -48,15 +54,22 @@ class Orphans:
                 rest.append(key)
         return rest
 
-    def complete(self, keys: Sequence[Key], direction: Direction) -> list[int]:
+    def complete(
+        self, keys: Sequence[Key], direction: Direction, slots: Sequence[int] | None = None
+    ) -> list[int]:
         """Ends a transfer for each key that means an orphan; returns the slots that are free."""
         slots_of = self._slots_of[direction]
         freed = []
-        for key in keys:
-            if (slots := slots_of.get(key)) is None:
+        for i, key in enumerate(keys):
+            if (under_way := slots_of.get(key)) is None:
                 continue
-            slot = slots.popleft()
-            if not slots:
+            if slots is None:
+                slot = under_way.popleft()
+            elif (slot := slots[i]) in self._num_left:
+                under_way.remove(slot)
+            else:
+                continue
+            if not under_way:
                 del slots_of[key]
             self._num_left[slot] -= 1
             if not self._num_left[slot]:
