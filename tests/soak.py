@@ -67,7 +67,7 @@ def left_over(world: World) -> Counts:
     were reported."""
     offloader = world.offloader
     kept = {**vars(offloader._ledger), "_worker_of": offloader._queue._worker_of}
-    kept.pop("totals")
+    del kept["totals"], kept["medium_totals"]
     return {name: len(held) for name, held in kept.items() if isinstance(held, Sized)}
 
 

@@ -137,14 +137,17 @@ class Round:
         for thread in (*threads, poller):
             thread.start()
         before: list[int] = []
-        while any(thread.is_alive() for thread in threads):
-            if steps != before:
-                before = list(steps)
-                faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-            threads[0].join(0.05)
-            time.sleep(0.05 if not threads[0].is_alive() else 0)
-        ended.set()
-        poller.join()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                if steps != before:
+                    before = list(steps)
+                    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+                threads[0].join(0.05)
+                time.sleep(0.05 if not threads[0].is_alive() else 0)
+            ended.set()
+            poller.join()
+        finally:
+            faulthandler.cancel_dump_traceback_later()  # it would end whoever runs this process
 
     def _look(self, world: World) -> None:
         """A quiet moment: all that is left of the calls is what was stored."""
@@ -198,10 +201,7 @@ def main() -> int:
     parser.add_argument("--round", type=float, default=ROUND_SECONDS, help="seconds of each")
     chosen = parser.parse_args()
     seed = chosen.seed if chosen.seed is not None else int.from_bytes(os.urandom(3), "big")
-    try:
-        wrong = stress(chosen.seconds, seed, chosen.round)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    wrong = stress(chosen.seconds, seed, chosen.round)
     print("\n".join(["WRONG", *wrong] if wrong else ["right"]), flush=True)
     return 1 if wrong else 0
 
