@@ -9,11 +9,13 @@ import pytest
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",
     "test_exit.py",
     "test_faults.py",
     "test_isolation.py",
+    "test_kernels_compiled.py",
     "test_life.py",
     "test_mutants.py",
     "test_offloader_machine.py",

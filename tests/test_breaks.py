@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,22 @@ from breaks import ROOT, Break, read_breaks, verdict
 BREAKS = [each for entries in read_breaks().values() for each in entries]
 
 
+@cache
+def defined_in(file: str) -> set[str]:
+    return {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+
+
 @pytest.mark.parametrize("each", BREAKS, ids=lambda each: each.name)
 def test_a_break_is_still_one(each):
     ast.parse(each.broken((ROOT / each.file).read_text()))
     for test in each.caught_by:
         file, *names = test.split("::")
-        defined = {
-            node.name
-            for node in ast.walk(ast.parse((ROOT / file).read_text()))
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        }
         wanted = {name.partition("[")[0] for name in names}
-        assert wanted <= defined, f"{each.name}: no such test {test}"
+        assert wanted <= defined_in(file), f"{each.name}: no such test {test}"
 
 
 def test_no_two_breaks_have_one_name():
