@@ -656,7 +656,9 @@ def test_results_are_reported_once_whatever_their_worker_raises(manager):
     workers[1].errors["get_finished"] = [OSError("no reports")]
     with pytest.raises(OSError, match="no reports"):
         manager.get_finished()
-    assert manager.get_finished() == [result]
+    other = TransferResult(2, TransferStatus.SUCCESS)
+    workers[1].get_finished = lambda: [other]
+    assert manager.get_finished() == [result, other]
 
 
 # -- steps --
