@@ -101,3 +101,9 @@ def test_a_chunk_has_a_block() -> None:
 )
 def test_masks_are_written_as_block_numbers(mask: int, text: str) -> None:
     assert positions(mask) == text
+
+
+def test_an_empty_span_has_no_chunk_wherever_it_begins() -> None:
+    for first in range(3):
+        span = ChunkSpan.of(first, 0, 3)
+        assert (span.num_chunks, span.masks()) == (0, [])

@@ -549,3 +549,34 @@ class ManagerMachine(RuleBasedStateMachine):
 
 class TestManagerAgainstItsModel(ManagerMachine.TestCase):
     settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+
+
+def landed(policy: ARCPolicy, key: bytes) -> None:
+    policy.admit([key])
+    policy.land([key])
+
+
+def evicted(policy: ARCPolicy) -> list[bytes]:
+    return policy.evict(1, frozenset(), ())
+
+
+def test_arc_knows_a_key_as_a_ghost_or_as_a_chunk() -> None:
+    policy = ARCPolicy(2)
+    landed(policy, b"a")
+    policy.touch([b"a"], ())
+    assert evicted(policy) == [b"a"]
+    assert b"a" in policy._ghost_frequent
+    landed(policy, b"a")
+    assert b"a" not in policy._ghost_frequent
+    policy._check({b"a"}, set())
+
+
+def test_arc_learns_no_target_beyond_its_capacity() -> None:
+    policy = ARCPolicy(2)
+    for key in (b"a", b"b", b"c", b"d"):
+        landed(policy, key)
+        assert evicted(policy) == [key]  # a ghost of what was used once
+        landed(policy, key)
+        assert evicted(policy) == [key]  # of what was used again: no lesson
+        assert policy._target <= 2
+    assert policy._target == 2
