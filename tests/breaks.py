@@ -102,7 +102,11 @@ def run_in(place: Path, tests: tuple[str, ...]) -> int:
 
     # What is imported already can't be rewritten, and need not be.
     quiet = ("-x", "-q", "-p", "no:cacheprovider", "--no-header")
-    return pytest.main([*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
+    try:
+        return pytest.main([*quiet, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests])
+    except Warning:  # an error here, as any: what a test that failed left behind, at the very end
+        traceback.print_exc()
+        return 1
 
 
 @dataclass(slots=True)
