@@ -214,6 +214,9 @@ class GroupRun(NamedTuple):
 
     def split(self, max_chunks: int) -> Iterator[GroupRun]:
         """The run in parts of at most `max_chunks` chunks."""
+        if len(self.slot_ids) <= max_chunks:
+            yield self
+            return
         span = self.group.table.blocks_per_chunk
         for chunk in range(0, len(self.slot_ids), max_chunks):
             end = min(chunk + max_chunks, len(self.slot_ids))
