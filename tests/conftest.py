@@ -35,6 +35,13 @@ SLOW_TESTS = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where slow tests are not wanted, their files are not even imported: vllm takes seconds."""
+    if "not slow" in config.option.markexpr and collection_path.name in SLOW_FILES:
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.name.partition("[")[0]
