@@ -57,9 +57,9 @@ def empty_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def quick_collections():
-    """What other tests left is not looked through at every `gc.collect`."""
+    """What was imported is not looked through at every `gc.collect`: modules never go."""
     gc.collect()
     gc.freeze()
     yield
