@@ -36,7 +36,7 @@ demo: $(STAMPS)/package $(STAMPS)/model
 
 # While one writes: no engine, nothing that takes long.
 quick: $(STAMPS)/package $(STAMPS)/dev
-	$(PYTEST) -m "not slow and not engine"
+	$(PYTEST) -m "not slow and not engine" --hypothesis-profile quick
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(PYTEST)
@@ -50,7 +50,8 @@ check: $(STAMPS)/package $(STAMPS)/dev
 # long runs of threads and of the simulator, and the gate against slower code.
 deep: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(MAKE) mutants
-	TRITON_OFFLOAD_SCHEDULES=100000 $(BIN)/python -m coverage run -m pytest
+	TRITON_OFFLOAD_SCHEDULES=100000 \
+		$(BIN)/python -m coverage run -m pytest --hypothesis-profile deep
 	$(BIN)/python -m coverage report
 	$(BIN)/python tests/stress.py $(SECONDS)
 	$(BIN)/python tests/soak.py $(SECONDS)

@@ -208,7 +208,7 @@ CALLS = st.lists(
 
 
 @given(calls=CALLS, policy=st.sampled_from(["lru", "arc"]), num_chunks=st.integers(3, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 def test_after_any_calls_no_chunk_leaves_before_a_later_one_of_no_newer_use(
     calls: list[tuple[str, bytes, int, int, int]], policy: str, num_chunks: int
 ) -> None:
