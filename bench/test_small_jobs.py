@@ -61,7 +61,7 @@ def in_turn(benchmark: Any, ours: Call, peer: Call, before: Call, **facts: objec
 
 
 def peer_of(world: World, direction: str) -> Call:
-    """By torch, one call a tensor."""
+    """By torch, one call per tensor."""
     width = world.page_bytes
     slots = torch.zeros(len(world.block_ids), TENSORS * width, dtype=torch.int8)
     places = [_words(slots[:, i * width : (i + 1) * width]) for i in range(TENSORS)]

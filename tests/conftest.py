@@ -6,6 +6,12 @@ import gc
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How many cases are generated for a test, by `--hypothesis-profile` in the Makefile. Without one it
+# is hypothesis' own 100. A test that needs more takes a multiple of them.
+settings.register_profile("quick", max_examples=20)
+settings.register_profile("deep", max_examples=1000)
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
@@ -35,11 +41,20 @@ SLOW_TESTS = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where slow tests are not wanted, their files are not even imported: vllm takes seconds."""
+    if "not slow" in config.option.markexpr and collection_path.name in SLOW_FILES:
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.name.partition("[")[0]
         if Path(item.path).name in SLOW_FILES or name in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
+    # The longest first: of what is left at the end, there is something for every process.
+    items.sort(key=lambda item: [item.get_closest_marker(n) is None for n in ("engine", "slow")])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,9 +65,9 @@ def empty_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def quick_collections():
-    """What other tests left is not looked through at every `gc.collect`."""
+    """What was imported is not looked through at every `gc.collect`: modules never go."""
     gc.collect()
     gc.freeze()
     yield

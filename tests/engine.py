@@ -1,6 +1,8 @@
 """Runs one scenario with a real engine and writes what it saw as JSON.
 
-Each scenario has a process of its own, for an engine leaves state behind:
+Each scenario has a process of its own, for an engine leaves state behind. Most of the time is the
+engine's start, so what one engine can show is one scenario.
+
 `python tests/engine.py SCENARIO MODEL OUTPUT [BLOCKS_PER_CHUNK]`.
 """
 
@@ -75,7 +77,10 @@ def _reloaded(engine: Engine) -> list[list[int]]:
 
 def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     """Stored, poisoned, loaded."""
-    engine = _connected(model, blocks_per_chunk)
+    return _stored_and_loaded(_connected(model, blocks_per_chunk))
+
+
+def _stored_and_loaded(engine: Engine) -> dict[str, Any]:
     stored = one_by_one(engine, SINGLE, OUTPUT_TOKENS)
     engine.settle()
     loaded = _reloaded(engine)
@@ -90,10 +95,9 @@ def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
 
 
 def broken(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
-    """As `intact`, but the loads do nothing, and then with stored bytes flipped."""
+    """After `intact`: loads that do nothing, and then loads of stored bytes flipped."""
     engine = _connected(model, blocks_per_chunk)
-    one_by_one(engine, SINGLE, OUTPUT_TOKENS)
-    engine.settle()
+    seen = _stored_and_loaded(engine)
     worker = engine.worker
     submit_load = worker.submit_load
     skipped = []
@@ -114,6 +118,7 @@ def broken(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     worker.pool.slots.bitwise_xor_(0x80)
     mended = _reloaded(engine)
     return {
+        **seen,
         "without_load": without_load,
         "skipped": len(skipped),
         "flipped": flipped,
@@ -171,10 +176,8 @@ def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") ->
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="triton_offload")
-    path = Path(model)
-    if scenario == "model":
-        seen: dict[str, Any] = {"model": str(tiny_llama(path))}
-    elif scenario == "plain":
+    path = tiny_llama(Path(model))
+    if scenario == "plain":
         seen = plain(path)
     else:
         scenarios = {"intact": intact, "broken": broken, "pressure": pressure}

@@ -54,7 +54,8 @@ LAYERS = [
     {"tuning.machine"},
     {"tuning.calibrate"},
     {"job", "doctor.facts"},
-    {"ledger"},
+    {"ledger", "request"},
+    {"jobs"},
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker", "metrics"},

@@ -43,9 +43,6 @@ with warnings.catch_warnings():
     from triton_offload.transfer.queue_manager import OffloadingQueueManager
     from triton_offload.vllm import spec as plugin_spec
 
-# Modules as many as vllm's take a second to look through at every `gc.collect`.
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 _OTHER_VLLM = Path(sys.prefix) / "vllm-0.33"
 _B = 3  # blocks per chunk
 _PAGES = (192, 256, 64)  # padded page bytes of the three tensors
