@@ -66,7 +66,7 @@ CASES = {
     "pages of one byte": Case((Tensor(1, 1),), (3, 1, 0, 2), 3, 2),
 }
 
-Move: TypeAlias = Callable[..., None]
+Move: TypeAlias = Callable[..., object]
 
 
 def noise(num_bytes: int, seed: int) -> torch.Tensor:
@@ -114,5 +114,5 @@ def check(case: Case, direction: str, move: Move, config: KernelConfig | None = 
     ids = None if case.slot_ids is None else list(case.slot_ids)
     move(direction, table, list(case.block_ids), slots, ids, case.first_block, config=config)
     assert torch.equal(pool, torch.from_numpy(expected_pool))
-    for cache, wanted in zip(caches, expected, strict=True):
-        assert torch.equal(cache, torch.from_numpy(wanted))
+    for storage, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(storage, torch.from_numpy(wanted))
