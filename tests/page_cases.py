@@ -57,6 +57,9 @@ CASES = {
     "a different alignment each": Case(
         (Tensor(64), Tensor(24), Tensor(4), Tensor(6), Tensor(1), Tensor(32)), (3, 1, 0), 4, 1
     ),
+    "a page whose place in the slot is aligned to less": Case(
+        (Tensor(24), Tensor(64)), (3, 1, 0), slot_gap=8
+    ),
     "slots off by one byte": Case((Tensor(64),), (3, 1, 0), slot_start=1),
     "a single slot": Case((Tensor(64), Tensor(32)), (3, 1), 2, num_slots=1, slot_gap=1),
     "a slot that is no multiple of a pitch": Case((Tensor(64), Tensor(48)), (3, 1, 0, 2, 5), 3, 1),
