@@ -15,6 +15,8 @@ settings.register_profile("deep", max_examples=1000)
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_card_kernels.py",
+    "test_card_rules.py",
     "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",
