@@ -18,6 +18,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-pthread")
+#: what executes PTX; a driver is built of these and its own
+MACHINE_SOURCES = (
+    "access.c",
+    "compute.c",
+    "counting.c",
+    "decode.c",
+    "exchange.c",
+    "execute.c",
+    "memory.c",
+    "parse.c",
+    "registers.c",
+    "shared.c",
+    "tokens.c",
+)
 NO_COMPILER = "no C compiler (cc, gcc, clang or $CC) to build the imitated card with"
 
 
