@@ -10,6 +10,7 @@ in which order work runs that nothing orders (``IMITATED_SEED``). It says nothin
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,11 +34,16 @@ from card import asking, streams, tensors  # noqa: E402
 from cuda.bindings import driver  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 
+from triton_offload.kernels import compiling  # noqa: E402
+
 CARD = torch.device("cuda", 0)
 
 
 def use(configuration: Configuration) -> None:
     """Another card from now on. Nothing of the one before may be used, nor be freed."""
+    compiling.compile_kernel.cache_clear()
+    compiling.device_target.cache_clear()
+    gc.collect()
     card.reset(configuration)
     asking.forget()
     streams.forget()
