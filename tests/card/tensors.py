@@ -217,6 +217,8 @@ def _mark_written(tensor: torch.Tensor) -> None:
 
 
 def _queue_fill(tensor: CardTensor, value: Any = 0) -> bool:
+    if isinstance(value, torch.Tensor) and not isinstance(value, CardTensor):
+        value = value.item()
     plain = isinstance(value, int) and (tensor.element_size() == 1 or value == 0)
     if not plain or not tensor.is_contiguous():
         return False
@@ -241,6 +243,7 @@ def _queue_copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False
 _QUEUED = {
     torch.ops.aten.zero_.default: _queue_fill,
     torch.ops.aten.fill_.Scalar: _queue_fill,
+    torch.ops.aten.fill_.Tensor: _queue_fill,
     torch.ops.aten.copy_.default: _queue_copy,
 }
 
