@@ -336,6 +336,7 @@ class KVOffloader:
                 self._queue.broken_paths,
                 imported=self._ledger.medium_totals[Direction.STORE].stats(),
                 exported=self._ledger.medium_totals[Direction.LOAD].stats(),
+                limits=(*self._pool.device.limits, *self._pool.notes),
             )
 
     def close(self, timeout: float | None = None) -> None:
@@ -485,8 +486,9 @@ class KVOffloader:
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
         self._pool.device.check_stream(stream)
-        if self._pool.device.capturing():
-            raise RuntimeError("the current stream captures a graph: expected no transfers in it")
+        if self._pool.device.capturing(stream):
+            which = "the current stream" if stream is None else "stream"
+            raise RuntimeError(f"{which} captures a graph: expected no transfers in it")
         stored = self._offload_keys(keys, group)
         ids = as_ids("block_ids", block_ids)
         check_ids("block_ids", ids, self._layout.groups[group].table.num_blocks, distinct=distinct)

@@ -16,6 +16,7 @@ from triton_offload.transfer.ranges import (
     SLICE_BYTES,
     ChunkRanges,
     Pair,
+    batch_ops,
     chunk_batches,
     whole_chunks,
     zeros_over,
@@ -138,7 +139,7 @@ class LaneStreams:
             for slots, buffer, sizes in chunk_batches(run, self.pool, staging, skip):
                 ends = (slots, buffer) if stores else (buffer, slots)
                 device.copy_batch(*ends, sizes, self.copies)
-                ops += 1
+                ops += batch_ops(sizes)
             return ops
         for there, here in whole_chunks(run, self.pool, staging, ranges):
             pair = (there, here) if stores else (here, there)
