@@ -19,8 +19,7 @@ import triton
 from . import build
 
 SOURCES = (
-    "memory.c",
-    "no_machine.c",
+    *build.MACHINE_SOURCES,
     "configuration.c",
     "contexts.c",
     "streams.c",
