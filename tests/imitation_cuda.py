@@ -53,6 +53,9 @@ class Runtime:
 
 def _properties(device: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
+        pci_domain_id=0,
+        pci_bus_id=asking.index_of(device) + 1,
+        pci_device_id=0,
         name="imitated card",
         major=CONFIGURATION.compute_major,
         minor=CONFIGURATION.compute_minor,

@@ -33,6 +33,7 @@ def install(card: Card) -> None:
     _card = card
     for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_strided"):
         setattr(torch, name, _made_on_card(getattr(torch, name)))
+    torch.as_tensor = _over_what_is_there(torch.as_tensor)
     torch.Tensor.to = _converted
     torch.Tensor.cuda = lambda self, device=None, non_blocking=False: self.to(
         torch.device("cuda", index_of(device)), non_blocking=non_blocking
@@ -49,6 +50,7 @@ class _Memory:
 
     def __init__(self, address: int, num_bytes: int, index: int) -> None:
         self.address, self.num_bytes, self.index = address, num_bytes, index
+        self.owner: Any = None
 
 
 def _over(memory: _Memory, shape: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -96,6 +98,22 @@ def _is_pinned(self: torch.Tensor, device: Any = None) -> bool:
     kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
     error, found = driver.cuPointerGetAttribute(kind, self.data_ptr())
     return int(error) == 0 and int(found) == int(driver.CUmemorytype.CU_MEMORYTYPE_HOST)
+
+
+def _over_what_is_there(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.as_tensor`, which takes device memory of others as it is."""
+
+    def call(data: Any, *args: Any, **options: Any) -> torch.Tensor:
+        interface = getattr(data, "__cuda_array_interface__", None)
+        if interface is None:
+            return make(data, *args, **options)
+        (num_bytes,), (address, _) = interface["shape"], interface["data"]
+        memory = _Memory(address, num_bytes, index_of(options["device"]))
+        memory.owner = data
+        _allocations[address] = memory
+        return _as_card_tensor(_over(memory, (num_bytes,), torch.uint8))
+
+    return call
 
 
 # -- tensors --

@@ -41,7 +41,7 @@ class LanePaths:
         if unmapped is not None and not self._streams.reaches_pool:
             path = unmapped
         unbatched = CROSSINGS[path].where_unbatched
-        if unbatched is not None and not self._streams.device.batches_copies:
+        if unbatched is not None and not self._streams.takes_batches:
             path = unbatched
         for _ in CROSSINGS:  # enough steps to find one that is not broken: `give_up` keeps one
             if path in self._broken:

@@ -77,6 +77,11 @@ class LaneStreams:
         """Whether kernels may read and write the pool, as zero copy does."""
         return self.device.maps_host_memory and self.pool.pinned
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether one call copies many ranges."""
+        return self.device.batches_copies
+
     def chunks_in_buffer(self, run: GroupRun) -> int:
         """How many of the run's chunks a staging buffer holds."""
         return self._ring.buffer_bytes // run.group.packed.slot_bytes
@@ -131,7 +136,7 @@ class LaneStreams:
         # One call each costs the caller some 10 us, a range of a batch 0.5. Pageable memory, and
         # slots that must be cut in slices, are left to plain copies.
         if (
-            device.batches_copies
+            self.takes_batches
             and self.pool.pinned
             and run.group.packed.slot_bytes <= SLICE_BYTES
             and len(ranges.firsts) * len(run.group.byte_ranges) > _MANY_COPIES
