@@ -239,7 +239,9 @@ class CUDADevice(RealTime):
         try:
             return pinned_bytes(self._context, num_bytes)
         except DriverError as error:
-            _log.warning("%d bytes of pinned host memory are not to be had: %s", num_bytes, error)
+            _log.warning(
+                "%d bytes of pinned host memory are not to be had: %s", num_bytes, str(error)
+            )
             return None
 
     def register(self, host: torch.Tensor) -> bool:
