@@ -17,6 +17,7 @@ from pathlib import Path
 import triton
 
 from . import build
+from .machine import Counters, _Counters
 
 SOURCES = (
     *build.MACHINE_SOURCES,
@@ -108,26 +109,14 @@ class _Call(ctypes.Structure):
     ]
 
 
-class Counters(ctypes.Structure):
-    """What one launch came to: see ``ptx_counters`` in ptx.h."""
-
-    _fields_ = [
-        ("instructions", ctypes.c_uint64),
-        ("accesses_by_width", ctypes.c_uint64 * 5),
-        ("lines", ctypes.c_uint64),
-        ("accesses", ctypes.c_uint64),
-        ("bytes_read", ctypes.c_uint64),
-        ("bytes_written", ctypes.c_uint64),
-        ("host_bytes_read", ctypes.c_uint64),
-        ("host_bytes_written", ctypes.c_uint64),
-        ("most_bytes_in_flight", ctypes.c_uint64),
-        ("host_round_trips", ctypes.c_uint64),
-        ("barriers", ctypes.c_uint64),
-    ]
-
-
 class _Launch(ctypes.Structure):
-    _fields_ = [("function", ctypes.c_char_p), ("counters", Counters)]
+    _fields_ = [("function", ctypes.c_char_p), ("counters", _Counters)]
+
+
+def _counters(raw: _Counters) -> Counters:
+    named = {name: getattr(raw, name) for name, *_ in _Counters._fields_}
+    by_width = dict(zip((1, 2, 4, 8, 16), named.pop("accesses_by_width"), strict=True))
+    return Counters(accesses_by_width=by_width, **named)
 
 
 class _Counts(ctypes.Structure):
@@ -153,7 +142,7 @@ class Card:
     """
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
+        self._library = ctypes.CDLL(str(library))
         for name in ("calls", "launches", "complaints"):
             getattr(self._library, f"card_num_{name}").restype = ctypes.c_uint64
 
@@ -204,7 +193,7 @@ class Card:
         count = int(self._library.card_num_launches()) - first
         made = (_Launch * count)()
         self._library.card_get_launches(ctypes.c_uint64(first), ctypes.c_uint64(count), made)
-        return [(each.function.decode(), each.counters) for each in made]
+        return [(each.function.decode(), _counters(each.counters)) for each in made]
 
     def complaints(self) -> list[str]:
         """Why calls and operations failed, each with the call's name."""
@@ -258,7 +247,8 @@ class Card:
 def build_library(name: str, options: Sequence[str] = ()) -> Path:
     """The card as a shared library of this name."""
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    return build.shared_library(name, SOURCES, (f"-I{include}", *options))
+    exported = f"-Wl,--version-script={build.HERE / 'exported.map'}"
+    return build.shared_library(name, SOURCES, (f"-I{include}", exported, *options))
 
 
 def start(configuration: Configuration) -> Card:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ def install(card: Card) -> None:
     _card = card
     for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_strided"):
         setattr(torch, name, _made_on_card(getattr(torch, name)))
-    torch.as_tensor = _over_what_is_there(torch.as_tensor)
+    as_tensor = torch.as_tensor
+    torch.as_tensor = lambda data, **options: (
+        _foreign(data) if hasattr(data, "__cuda_array_interface__") else as_tensor(data, **options)
+    )
     torch.Tensor.to = _converted
     torch.Tensor.cuda = lambda self, device=None, non_blocking=False: self.to(
         torch.device("cuda", index_of(device)), non_blocking=non_blocking
@@ -48,15 +52,21 @@ def install(card: Card) -> None:
 class _Memory:
     """What a tensor's storage keeps alive."""
 
-    def __init__(self, address: int, num_bytes: int, index: int) -> None:
-        self.address, self.num_bytes, self.index = address, num_bytes, index
-        self.owner: Any = None
+    def __init__(self, address: int, num_bytes: int, index: int, owner: object = None) -> None:
+        self.address, self.num_bytes, self.index, self.owner = address, num_bytes, index, owner
+
+
+@cache
+def _bytes_of_memory(num_bytes: int) -> Any:
+    """A ctypes array whose instances have attributes."""
+    return type("Bytes", (ctypes.c_uint8 * num_bytes,), {})
 
 
 def _over(memory: _Memory, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A plain tensor of these bytes."""
-    kind = type("Bytes", (ctypes.c_uint8 * memory.num_bytes,), {"memory": memory})
-    flat = torch.frombuffer(kind.from_address(memory.address), dtype=torch.uint8)
+    """A plain tensor of these bytes, whose storage keeps `memory`."""
+    kept = _bytes_of_memory(memory.num_bytes).from_address(memory.address)
+    kept.memory = memory
+    flat = torch.frombuffer(kept, dtype=torch.uint8)
     return flat[: _num_bytes(shape, dtype)].view(dtype).view(shape)
 
 
@@ -80,6 +90,18 @@ def on_card(shape: Any, dtype: torch.dtype, index: int) -> CardTensor:
     return _as_card_tensor(_over(memory, shape, dtype))
 
 
+def _foreign(owner: Any) -> CardTensor:
+    """Of an object with `__cuda_array_interface__`, whose memory it is."""
+    interface = owner.__cuda_array_interface__
+    address, (num_bytes,) = int(interface["data"][0]), interface["shape"]
+    assert (interface["typestr"], interface.get("strides")) == ("|u1", None)
+    current_index()
+    kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    index = int(ask(driver.cuPointerGetAttribute(kind, address)))
+    _allocations[address] = memory = _Memory(address, num_bytes, index, owner)
+    return _as_card_tensor(_over(memory, (num_bytes,), torch.uint8))
+
+
 def pinned(shape: Any, dtype: torch.dtype) -> torch.Tensor:
     """Host memory of `cuMemHostAlloc`. torch keeps it for the next who asks, whatever still reads
     it: when the tensor goes its bytes do, too."""
@@ -98,22 +120,6 @@ def _is_pinned(self: torch.Tensor, device: Any = None) -> bool:
     kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
     error, found = driver.cuPointerGetAttribute(kind, self.data_ptr())
     return int(error) == 0 and int(found) == int(driver.CUmemorytype.CU_MEMORYTYPE_HOST)
-
-
-def _over_what_is_there(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.as_tensor`, which takes device memory of others as it is."""
-
-    def call(data: Any, *args: Any, **options: Any) -> torch.Tensor:
-        interface = getattr(data, "__cuda_array_interface__", None)
-        if interface is None:
-            return make(data, *args, **options)
-        (num_bytes,), (address, _) = interface["shape"], interface["data"]
-        memory = _Memory(address, num_bytes, index_of(options["device"]))
-        memory.owner = data
-        _allocations[address] = memory
-        return _as_card_tensor(_over(memory, (num_bytes,), torch.uint8))
-
-    return call
 
 
 # -- tensors --
