@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 
-import cards
 import numpy as np
 import pytest
 import torch
@@ -235,22 +234,22 @@ def test_the_callers_context_is_as_it_was_after_a_call_that_failed():
     torch.cuda.set_device(0)
     stream, event = device.new_stream("test"), device.new_event()
     host = torch.zeros(4096, dtype=torch.uint8)
-    for name, call in {
-        "cuMemHostRegister_v2": lambda: device.register(host),
-        "cuMemAlloc_v2": lambda: device.empty(64),
-        "cuEventRecord": lambda: device.record(event, stream),
-        "cuStreamCreateWithPriority": lambda: device.new_stream("other"),
-        "cuEventCreate": lambda: device.new_event(),
-        "cuEventQuery": lambda: device.query(event),
-        "cuMemHostAlloc": lambda: device.empty_indices(8),
-    }.items():
+    for name, method, arguments in (
+        ("cuMemHostRegister_v2", device.register, (host,)),
+        ("cuMemAlloc_v2", device.empty, (64,)),
+        ("cuEventRecord", device.record, (event, stream)),
+        ("cuStreamCreateWithPriority", device.new_stream, ("other",)),
+        ("cuEventCreate", device.new_event, ()),
+        ("cuEventQuery", device.query, (event,)),
+        ("cuMemHostAlloc", device.empty_indices, (8,)),
+    ):
         card.inject(name, 304, last=-1)
         with pytest.raises(RuntimeError, match="304"):
-            call()
+            method(*arguments)
         card.clear_injections()
         assert torch.cuda.current_device() == 0
     device.close_stream(stream)
-    del event, stream
+    del event, arguments
     assert left(card) == {}
 
 

@@ -90,7 +90,8 @@ class Device(Protocol):
         None, which stands for the current stream."""
 
     def capturing(self, stream: Stream | None) -> bool:
-        """Whether the stream (None: the current one) captures a graph: nothing may follow it then."""
+        """Whether the stream (None: the current one) captures a graph, so that nothing may follow
+        it."""
 
     def new_stream(self, name: str, *, high_priority: bool = False) -> Stream: ...
 

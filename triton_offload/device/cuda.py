@@ -231,7 +231,9 @@ class CUDADevice(RealTime):
         return device_bytes(self._context, self.torch_device, num_bytes)
 
     def empty_indices(self, count: int) -> torch.Tensor:
-        return pinned_bytes(self._context, 8 * count).view(torch.int64)
+        memory = pinned_bytes(self._context, 8 * count)
+        with torch.inference_mode(False):  # which a view of another type would be of, too
+            return memory.view(torch.int64)
 
     def empty_pinned(self, num_bytes: int) -> torch.Tensor | None:
         if self._registers:
