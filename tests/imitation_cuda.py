@@ -10,29 +10,43 @@ in which order work runs that nothing orders (``IMITATED_SEED``). It says nothin
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from card.card import CONFIGURATIONS, start
+from card.card import CONFIGURATIONS, Configuration, start
 
 assert not torch.cuda.is_available(), "there is a GPU here: nothing needs to be imitated"
 
-CONFIGURATION = replace(
-    CONFIGURATIONS[os.environ.get("IMITATED_CARD", "12.8")],
-    seed=int(os.environ.get("IMITATED_SEED", "0")),
-)
 #: the card of this process
-card = start(CONFIGURATION)
+card = start(
+    replace(
+        CONFIGURATIONS[os.environ.get("IMITATED_CARD", "12.8")],
+        seed=int(os.environ.get("IMITATED_SEED", "0")),
+    )
+)
 
 # Only now: they look for the driver when they are imported.
 from card import asking, streams, tensors  # noqa: E402
 from cuda.bindings import driver  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 
+from triton_offload.kernels import compiling  # noqa: E402
+
 CARD = torch.device("cuda", 0)
+
+
+def use(configuration: Configuration) -> None:
+    """Another card from now on. Nothing of the one before may be used, nor be freed."""
+    compiling.compile_kernel.cache_clear()
+    compiling.device_target.cache_clear()
+    gc.collect()
+    card.reset(configuration)
+    asking.forget()
+    streams.forget()
 
 
 def _runtime_error(result: tuple[Any, ...]) -> int:
@@ -57,26 +71,29 @@ def _properties(device: Any = None) -> SimpleNamespace:
         pci_bus_id=asking.index_of(device) + 1,
         pci_device_id=0,
         name="imitated card",
-        major=CONFIGURATION.compute_major,
-        minor=CONFIGURATION.compute_minor,
-        total_memory=CONFIGURATION.device_bytes,
-        multi_processor_count=CONFIGURATION.num_multiprocessors,
+        major=card.configuration.compute_major,
+        minor=card.configuration.compute_minor,
+        total_memory=card.configuration.device_bytes,
+        multi_processor_count=card.configuration.num_multiprocessors,
         L2_cache_size=50 << 20,
     )
 
 
+def _capability(device: Any = None) -> tuple[int, int]:
+    return card.configuration.compute_major, card.configuration.compute_minor
+
+
 def _imitate() -> None:
-    capability = CONFIGURATION.compute_major, CONFIGURATION.compute_minor
     functions = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "init": lambda: None,
-        "device_count": lambda: CONFIGURATION.num_devices,
+        "device_count": lambda: card.configuration.num_devices,
         "current_device": asking.current_index,
         "set_device": lambda device: asking.use(asking.index_of(device)),
         "device": asking.OnDevice,
         "get_device_name": lambda device=None: "imitated card",
-        "get_device_capability": lambda device=None: capability,
+        "get_device_capability": _capability,
         "get_device_properties": _properties,
         "empty_cache": lambda: None,
         "cudart": Runtime,

@@ -154,6 +154,20 @@ def test_a_query_runs_one_operation_and_answers(driver):
     assert driver.card.last_complaint == ""
 
 
+def test_no_query_runs_what_still_waits():
+    for seed in range(20):
+        driver = Driver(replace(NEWEST, seed=seed)).begin()
+        first, second, event = driver.stream(), driver.stream(), driver.event()
+        memory, target = driver.device(1, 0), driver.device(1, 0)
+        assert driver.cuMemsetD8Async(memory, 5, 1, first) == 0
+        assert driver.cuEventRecord(event, first) == 0
+        assert driver.cuStreamWaitEvent(second, event, 0) == 0
+        driver.copy(target, memory, 1, second)
+        while driver.cuStreamQuery(second) == NOT_READY:
+            pass
+        assert read(target, 1) == b"\5"
+
+
 def order_of_two_streams(seed: int) -> bytes:
     """Which of two streams, that nothing orders, runs first."""
     driver = Driver(replace(NEWEST, seed=seed)).begin()

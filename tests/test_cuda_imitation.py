@@ -1,4 +1,4 @@
-"""What needs a GPU, without one: it calls torch.cuda and cuda-bindings as they are."""
+"""What needs a GPU, without one: on the imitated card, with the real launcher and bindings."""
 
 from __future__ import annotations
 
@@ -9,29 +9,47 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from card import build
 
 TESTS = Path(__file__).parent
+TRITON_36 = Path(os.environ.get("TRITON_36_PATH", TESTS.parent / ".venv" / "triton-3.6"))
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+    pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER),
+]
 
 
-def run(file: str) -> None:
+def run(file: str, *options: str, card: str = "12.8", other_triton: Path | None = None) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "imitation_cuda", "-q", "-rs"]
+    paths = [*([other_triton] if other_triton else []), TESTS, TESTS.parent]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(TESTS / file)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))},
+        [*command, "-p", "no:cacheprovider", str(TESTS / file), *options],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "IMITATED_CARD": card,
+        },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
 
-def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
+def test_the_tests_of_a_gpu_pass_on_the_card() -> None:
     run("test_cuda.py")
 
 
-def test_each_call_of_the_seam_asks_for_the_right_thing_on_the_right_stream() -> None:
-    run("cuda_calls.py")
+@pytest.mark.skipif(not (TRITON_36 / "triton").is_dir(), reason=f"no triton in {TRITON_36}")
+@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="this is triton 3.6")
+def test_they_pass_with_an_older_triton_on_a_newer_driver() -> None:
+    run("test_cuda.py", card="13.0", other_triton=TRITON_36)
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in TESTS.glob("cuda_*.py")))
+def test_what_the_device_asks_of_the_driver(file: str) -> None:
+    run(file)

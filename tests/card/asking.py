@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from cuda.bindings import driver
-
-_own = threading.local()
 
 
 def ask(result: tuple[Any, ...]) -> Any:
@@ -30,6 +27,11 @@ def use(index: int) -> None:
 
 
 _retained: dict[int, Any] = {}
+
+
+def forget() -> None:
+    """There is another card."""
+    _retained.clear()
 
 
 def current_index() -> int:

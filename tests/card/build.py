@@ -23,13 +23,16 @@ MACHINE_SOURCES = (
     "access.c",
     "compute.c",
     "counting.c",
+    "declarations.c",
     "decode.c",
     "exchange.c",
     "execute.c",
     "memory.c",
-    "parse.c",
+    "module.c",
+    "parser.c",
     "registers.c",
     "shared.c",
+    "statements.c",
     "tokens.c",
 )
 NO_COMPILER = "no C compiler (cc, gcc, clang or $CC) to build the imitated card with"

@@ -141,6 +141,9 @@ class Card:
         library: See ``build_library``.
     """
 
+    #: what it is since it was last reset
+    configuration: Configuration
+
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         for name in ("calls", "launches", "complaints"):
@@ -148,6 +151,7 @@ class Card:
 
     def reset(self, configuration: Configuration) -> None:
         """Begin anew with another card: all handles and addresses of the one before are void."""
+        self.configuration = configuration
         values = [getattr(configuration, field.name) for field in fields(Configuration)]
         self._library.card_reset(ctypes.byref(_Configuration(*values)))
 

@@ -8,7 +8,7 @@
 #include "machine.h"
 
 /* A kernel that takes more than this many instructions of a warp does not end. */
-static const uint64_t MOST_INSTRUCTIONS = 1ull << 26;
+static const uint64_t MOST_INSTRUCTIONS = 1ull << 24;
 enum { MOST_THREADS = 1024, MOST_BARRIERS = 16 };
 /* Of sm_90 and sm_100; sm_80 has 163 KiB. */
 static const uint32_t MOST_SHARED_BYTES = 227 * 1024;

@@ -5,14 +5,14 @@
 
 #include "machine.h"
 
-static const type PLACE = {32, 0};
+static const type PLACE = {32, 0}, ADDRESS = {64, 0};
 
 static void expect_place(machine *m, int lane, uint64_t place, uint32_t bytes) {
     if (place % bytes)
         machine_fail(m, MISALIGNED_ADDRESS, lane,
                      "%u bytes at 0x%llx of shared memory, which is no multiple", bytes,
                      (unsigned long long)place);
-    if (place + bytes > m->shared_bytes)
+    if (place > m->shared_bytes || bytes > m->shared_bytes - place)
         machine_fail(m, ILLEGAL_ADDRESS, lane,
                      "%u bytes at 0x%llx are in no range: of shared memory the CTA has 0x%x bytes",
                      bytes, (unsigned long long)place, m->shared_bytes);
@@ -95,14 +95,15 @@ static void store(machine *m, warp *w, uint32_t lanes, const lane_values places)
     }
 }
 
-static void add_offset(const uint64_t *bases, int64_t offset, lane_values into) {
+static void add_offset(const uint64_t *bases, int64_t offset, type as, lane_values into) {
     for (int lane = 0; lane < LANES; lane++)
-        into[lane] = bases[lane] + (uint64_t)offset;
+        into[lane] = narrowed(bases[lane] + (uint64_t)offset, as);
 }
 
 void access_shared(machine *m, warp *w, uint32_t lanes) {
     lane_values places, space;
-    add_offset(read_source(m, w, lanes, 0, PLACE, space), m->running->offsets[0], places);
+    add_offset(read_source(m, w, lanes, 0, PLACE, space), m->running->offsets[0], PLACE,
+               places);
     if (m->running->operation == OP_LD_SHARED)
         load(m, w, lanes, places);
     else
@@ -126,8 +127,8 @@ static copy_in_flight *new_copy(machine *m, warp *w) {
 void begin_copies(machine *m, warp *w, uint32_t lanes) {
     const instruction *i = m->running;
     lane_values places, addresses, spaces[3];
-    add_offset(read_source(m, w, lanes, 0, PLACE, spaces[0]), i->offsets[0], places);
-    add_offset(read_source(m, w, lanes, 1, (type){64, 0}, spaces[1]), i->offsets[1], addresses);
+    add_offset(read_source(m, w, lanes, 0, PLACE, spaces[0]), i->offsets[0], PLACE, places);
+    add_offset(read_source(m, w, lanes, 1, ADDRESS, spaces[1]), i->offsets[1], ADDRESS, addresses);
     const uint64_t *given = i->num_sources > 3
                                 ? read_source(m, w, lanes, 3, (type){32, 0}, spaces[2]) : NULL;
     uint32_t moved[LANES] = {0}, readers = 0;

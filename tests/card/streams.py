@@ -143,20 +143,31 @@ class Event:
 # -- the current stream: of each thread, of each device --
 
 _own = threading.local()
+_cards = itertools.count()
+_card = next(_cards)
+
+
+def _streams() -> dict[tuple[int, int], Stream]:
+    """The calling thread's, by card and device."""
+    streams: dict[tuple[int, int], Stream] = _own.__dict__.setdefault("streams", {})
+    return streams
 
 
 def current_stream(device: Any = None) -> Stream:
     index = index_of(device)
-    streams: dict[int, Stream] = _own.__dict__.setdefault("streams", {})
-    if index not in streams:
-        streams[index] = ExternalStream(0, index)
-    return streams[index]
+    return _streams().get((_card, index)) or ExternalStream(0, index)
 
 
 def set_stream(stream: Stream) -> None:
-    current_stream(stream.device)
-    _own.streams[stream.device.index] = stream
+    _streams()[_card, stream.device.index] = stream
     use(stream.device.index)
+
+
+def forget() -> None:
+    """There is another card."""
+    global _card
+    _pools.clear()
+    _card = next(_cards)
 
 
 @contextmanager
