@@ -9,12 +9,11 @@ from dataclasses import replace
 
 import imitation_cuda
 import torch
-from card import asking, streams
+from card import asking
 from card.card import CONFIGURATIONS, Call, Card, Configuration
 
 from triton_offload import KVOffloader
 from triton_offload.device import driver
-from triton_offload.kernels import compiling
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec
 from triton_offload.transfer.pipeline import PipelineOptions
 
@@ -36,18 +35,10 @@ def use(configuration: Configuration | str) -> Card:
     """Another card, of which nothing has been asked yet."""
     if isinstance(configuration, str):
         configuration = CONFIGURATIONS[configuration]
-    gc.collect()  # what lay on the one before
     driver.context_of.cache_clear()
-    compiling.compile_kernel.cache_clear()
-    compiling.device_target.cache_clear()
-    card = imitation_cuda.card
-    card.reset(configuration)
-    card.clear_injections()
-    asking._retained.clear()
-    streams._pools.clear()
-    streams._own.__dict__.clear()
+    imitation_cuda.use(configuration)
     asking.use(0)
-    return card
+    return imitation_cuda.card
 
 
 def left(card: Card, first: int = 0) -> dict[str, int]:

@@ -110,6 +110,30 @@ def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkey
     ]
 
 
+def test_a_launch_is_late_on_the_stream_with_its_arguments(card, device, stream):
+    """The real launcher's, of each kernel: where the bytes end says which arguments it had."""
+    cache = on_card(device, numbers(4, 16))
+    table = PageTable([cache], 1)
+    slots = on_card(device, torch.full((3, 16), 0xA5, dtype=torch.uint8))
+    blocks, ids = device.empty_indices(2), device.empty_indices(2)
+    blocks[:], ids[:] = torch.tensor([3, 1]), torch.tensor([0, 2])
+    device.prepare(table, slots)
+    torch.cuda.synchronize()
+    first, launched = card.num_calls, len(card.launches())
+    device.gather(table, blocks, slots, ids, 0, stream, zero_copy=False)
+    assert {c.stream for c in named(card, "cuLaunchKernelEx", first=first)} == {stream.cuda_stream}
+    assert len(card.launches()) == launched
+    finish(device, stream)
+    ((name, counters),) = card.launches(launched)
+    assert (name, counters.bytes_written) == ("_gather_kernel", 32)
+    pages_of = numbers(4, 16).tolist()
+    assert slots.tolist() == [pages_of[3], [0xA5] * 16, pages_of[1]]
+    blocks[:] = torch.tensor([1, 3])
+    device.scatter(table, blocks, slots, ids, 0, stream, zero_copy=False)
+    finish(device, stream)
+    assert cache.tolist() == [pages_of[i] for i in (0, 3, 2, 1)]
+
+
 @pytest.mark.parametrize("sides", [(False, True), (True, False), (False, False)])
 def test_rows_that_lie_apart_are_one_copy_of_their_bytes_and_no_other(sides, card, device, stream):
     host, memory = device.empty_indices(40).view(torch.uint8), on_card(device, numbers(320))
