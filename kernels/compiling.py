@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 from typing import Any
 
@@ -63,6 +64,11 @@ def compile_kernel(
     # do not occur; fusing them is named because triton 3.9 warns where it is not.
     options = {"num_warps": spec.warps, "num_stages": 1, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
+
+
+# Kernels that go with this module, when the interpreter has forgotten much of Triton, are unloaded
+# with an error.
+atexit.register(compile_kernel.cache_clear)
 
 
 @functools.cache

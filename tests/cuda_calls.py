@@ -1,31 +1,35 @@
-"""What the CUDA device asks of the driver, and on which stream; on the imitated card alone
-(tests/test_cuda_imitation.py runs this)."""
+"""What each call of the seam asks of the driver: on which stream, with which bytes, and what it
+leaves (run by tests/test_cuda_imitation.py, on the imitated card)."""
 
 from __future__ import annotations
 
-import ctypes
+import gc
+import math
+import threading
 
-import imitation_cuda
 import numpy as np
 import pytest
 import torch
-from cards import CONFIGURATIONS, use
+from cards import CONFIGURATIONS, left, named, replace, use
+from cuda.bindings import driver as bindings
 
-from triton_offload.calibration import LaunchShape
-from triton_offload.device import cuda
+from triton_offload.calibration import LaunchShape, default_calibration
+from triton_offload.device import driver
 from triton_offload.device.cuda import CUDADevice, launch_config
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
 
-CARD = imitation_cuda.CARD
-LAUNCH_FAILED = 719
-
-card = imitation_cuda.card
+CARD = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def device():
+def card():
+    return use("12.8")
+
+
+@pytest.fixture
+def device(card):
     return CUDADevice(CARD)
 
 
@@ -34,32 +38,42 @@ def stream(device):
     return device.new_stream("test")
 
 
-def work(since: int) -> list[tuple[str, int]]:
-    """The name and stream of the copies, fills and launches since there were so many calls."""
-    return [
-        (call.name, call.stream)
-        for call in card.calls(since)
-        if call.name.startswith(("cuMemcpy", "cuMemset", "cuLaunch"))
-    ]
+def on_card(device, data: torch.Tensor) -> torch.Tensor:
+    memory = device.empty(data.numel()).view(data.shape)
+    memory.copy_(data)
+    torch.cuda.synchronize()
+    return memory
 
 
-def on_card(size: int, fill: int = 0) -> torch.Tensor:
-    return torch.full((size,), fill, dtype=torch.uint8, device=CARD)
+def finish(device, stream) -> None:
+    event = device.new_event()
+    device.record(event, stream)
+    device.synchronize(event, None)
 
 
-def test_copies_and_fills_are_done_late_on_the_stream_that_was_named(device, stream):
-    memory, host = on_card(8, 1), torch.arange(8, dtype=torch.uint8).pin_memory()
-    before = card.num_calls
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.int64).to(torch.uint8).view(shape)
+
+
+# -- work --
+
+
+def test_work_is_queued_on_the_stream_that_was_named(card, device, stream):
+    memory, host = device.empty(4096), device.empty_indices(512).view(torch.uint8)
+    other = torch.cuda.current_stream().cuda_stream
+    first = card.num_calls
     device.fill_zero(memory, stream)
-    device.copy(memory[:4], host[4:], stream)
-    assert work(before) == [
-        ("cuMemsetD8Async", stream.cuda_stream),
-        ("cuMemcpyAsync", stream.cuda_stream),
+    device.copy(host, memory, stream)
+    device.copy(host.view(64, 64)[:, :8], memory.view(64, 64)[:, 8:16], stream)
+    places = np.array([0, 64])
+    device.copy_batch(memory.data_ptr() + places, host.data_ptr() + places, places + 8, stream)
+    calls = [call for call in card.calls(first) if call.stream]
+    assert [(call.name, call.stream, call.result) for call in calls] == [
+        (name, stream.cuda_stream, 0)
+        for name in ("cuMemsetD8Async", "cuMemcpyAsync", "cuMemcpy2DAsync_v2", "cuMemcpyBatchAsync")
     ]
-    assert ctypes.string_at(memory.data_ptr(), 8) == b"\1" * 8
-    stream.synchronize()
-    assert memory.tolist() == [4, 5, 6, 7, 0, 0, 0, 0]
-    assert torch.cuda.current_stream() != stream
+    assert torch.cuda.current_stream().cuda_stream == other
+    finish(device, stream)
 
 
 @pytest.mark.parametrize("zero_copy", [False, True])
@@ -81,223 +95,377 @@ def test_kernels_run_on_the_stream_that_was_named_in_the_shape_of_their_path(
 
 
 def device_shape(zero_copy):
-    defaults = cuda.default_calibration("cuda")
+    defaults = default_calibration("cuda")
     return defaults.zero_copy if zero_copy else defaults.staged
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkeypatch, pinned):
+def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkeypatch):
     made = []
     monkeypatch.setattr(pages, "prepare", lambda *args: made.append(args))
-    table = PageTable([torch.zeros(4, 16, dtype=torch.uint8, device=CARD)], 1)
-    shape = (2, table.slot_bytes)
-    slots = torch.zeros(shape, dtype=torch.uint8, device=None if pinned else CARD)
-    device.prepare(table, slots)
-    assert made[0][2] == launch_config(device_shape(pinned), zero_copy=pinned)
-
-
-def test_a_launch_is_of_the_named_stream_with_its_grid_and_arguments(device, stream):
-    """The real launcher's, of each kernel: where the bytes end says which arguments it had."""
-    table = PageTable([torch.arange(64, dtype=torch.uint8).view(4, 16).to(CARD)], 1)
-    slots = torch.full((3, 16), 0xA5, dtype=torch.uint8, device=CARD)
-    blocks, ids = torch.tensor([3, 1], device=CARD), torch.tensor([0, 2], device=CARD)
-    device.prepare(table, slots)
-    torch.cuda.synchronize()
-    before, launched = card.num_calls, len(card.launches())
-    device.gather(table, blocks, slots, ids, 0, stream, zero_copy=False)
-    assert work(before) == [("cuLaunchKernelEx", stream.cuda_stream)]
-    assert len(card.launches()) == launched  # it is late, too
-    stream.synchronize()
-    ((name, counters),) = card.launches(launched)
-    assert (name, counters.bytes_written) == ("_gather_kernel", 32)
-    expected = [0xA5] * 16
-    assert slots.tolist() == [[*range(48, 64)], expected, [*range(16, 32)]]
-    device.scatter(table, blocks.flip(0), slots, ids, 0, stream, zero_copy=False)
-    stream.synchronize()
-    assert table.pages[0].view.tolist() == [
-        [*range(16)],
-        [*range(48, 64)],
-        [*range(32, 48)],
-        [*range(16, 32)],
+    table = PageTable([torch.zeros(4, 16, dtype=torch.uint8)], 1)
+    device.prepare(table, torch.zeros(2, table.slot_bytes, dtype=torch.uint8))
+    device.prepare(table, device.empty(2 * table.slot_bytes).view(2, -1))
+    assert [each[2] for each in made] == [
+        launch_config(device_shape(zero_copy), zero_copy=zero_copy) for zero_copy in (True, False)
     ]
 
 
+def test_a_launch_is_late_on_the_stream_with_its_arguments(card, device, stream):
+    """The real launcher's, of each kernel: where the bytes end says which arguments it had."""
+    cache = on_card(device, numbers(4, 16))
+    table = PageTable([cache], 1)
+    slots = on_card(device, torch.full((3, 16), 0xA5, dtype=torch.uint8))
+    blocks, ids = device.empty_indices(2), device.empty_indices(2)
+    blocks[:], ids[:] = torch.tensor([3, 1]), torch.tensor([0, 2])
+    device.prepare(table, slots)
+    torch.cuda.synchronize()
+    first, launched = card.num_calls, len(card.launches())
+    device.gather(table, blocks, slots, ids, 0, stream, zero_copy=False)
+    assert {c.stream for c in named(card, "cuLaunchKernelEx", first=first)} == {stream.cuda_stream}
+    assert len(card.launches()) == launched
+    finish(device, stream)
+    ((name, counters),) = card.launches(launched)
+    assert (name, counters.bytes_written) == ("_gather_kernel", 32)
+    pages_of = numbers(4, 16).tolist()
+    assert slots.tolist() == [pages_of[3], [0xA5] * 16, pages_of[1]]
+    blocks[:] = torch.tensor([1, 3])
+    device.scatter(table, blocks, slots, ids, 0, stream, zero_copy=False)
+    finish(device, stream)
+    assert cache.tolist() == [pages_of[i] for i in (0, 3, 2, 1)]
+
+
 @pytest.mark.parametrize("sides", [(False, True), (True, False), (False, False)])
-def test_rows_that_lie_apart_are_one_copy_on_the_stream(sides, device, stream):
-    rows = torch.arange(64, dtype=torch.uint8).view(4, 16)
-    there, here = rows.to(CARD), (rows + 64).pin_memory()
-    # A side that is whole, or the middle of longer rows.
-    dst = there.flatten()[:32].view(4, 8) if sides[0] else there[:, 4:12]
-    src = here.flatten()[:32].view(4, 8) if sides[1] else here[:, 4:12]
-    expected = rows.clone()
-    (expected.view(-1)[:32].view(4, 8) if sides[0] else expected[:, 4:12]).copy_(src)
-    torch.cuda.synchronize()
-    before = card.num_calls
+def test_rows_that_lie_apart_are_one_copy_of_their_bytes_and_no_other(sides, card, device, stream):
+    host, memory = device.empty_indices(40).view(torch.uint8), on_card(device, numbers(320))
+    host.fill_(0xA5)
+    expected = host.clone()
+    whole_host, whole_card = sides
+    dst = host[:40].view(5, 8) if whole_host else host.view(5, 64)[:, 4:12]
+    src = memory[:40].view(5, 8) if whole_card else memory.view(5, 64)[:, 16:24]
+    wanted = expected[:40].view(5, 8) if whole_host else expected.view(5, 64)[:, 4:12]
+    wanted.copy_(src.cpu())
+    first = card.num_calls
     device.copy(dst, src, stream)
-    assert work(before) == [("cuMemcpy2DAsync_v2", stream.cuda_stream)]
-    stream.synchronize()
-    assert torch.equal(there.cpu(), expected)
-    device.copy(dst[:1], src[2:3], stream)  # a single row, of any stride
-    stream.synchronize()
-    assert torch.equal(dst[0].cpu(), src[2])
+    finish(device, stream)
+    assert torch.equal(host, expected)
+    assert len(named(card, "cuMemcpy2DAsync_v2", first=first)) == 1
 
 
-def test_a_batch_is_on_the_stream_and_none_is_nothing(device, stream):
-    source, target = torch.arange(9, dtype=torch.uint8).pin_memory(), on_card(9)
-    places = np.array([1, 5])
-    ends = target.data_ptr() + places, source.data_ptr() + places
-    torch.cuda.synchronize()
-    before = card.num_calls
-    device.copy_batch(*ends, np.array([2, 3]), stream)
-    device.copy_batch(places[:0], places[:0], places[:0], stream)
-    assert work(before) == [("cuMemcpyBatchAsync", stream.cuda_stream)]
-    stream.synchronize()
-    assert target.tolist() == [0, 1, 2, 0, 0, 5, 6, 7, 0]
+def test_a_single_row_may_have_any_stride(card, device, stream):
+    host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
+    row = torch.as_strided(host, (1, 4), (1 << 40, 1))
+    device.copy(row[:, :3], torch.as_strided(memory, (1, 3), (1 << 41, 1), 7), stream)
+    finish(device, stream)
+    assert host[:3].tolist() == [7, 8, 9]
+    assert card.complaints() == []
 
 
-def range_of(address: int) -> tuple[int, int]:
-    """Where the memory of this address begins, and its bytes."""
-    base, size = ctypes.c_uint64(), ctypes.c_uint64()
-    torch.cuda.current_device()
-    error = card.entry("cuMemGetAddressRange_v2")(
-        ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)
+def test_a_batch_moves_its_bytes_after_what_is_queued_before_it(card, device, stream):
+    memory, host = on_card(device, numbers(64)), device.empty_indices(8).view(torch.uint8)
+    host.fill_(0xA5)
+    for seed in range(8):
+        host.fill_(0xA5)
+        device.copy(memory[:32], memory[32:], stream)
+        to, source = np.array([1, 9, 20]), np.array([0, 5, 11])
+        device.copy_batch(
+            host.data_ptr() + to, memory.data_ptr() + source, np.array([2, 3, 1]), stream
+        )
+        finish(device, stream)
+        expected = [0xA5] * 64
+        expected[1:3], expected[9:12], expected[20] = [32, 33], [37, 38, 39], 43
+        assert host.tolist() == expected, seed
+        memory.copy_(numbers(64))
+        torch.cuda.synchronize()
+
+
+def test_no_copies_are_no_batch(card, device, stream):
+    none = np.empty(0, dtype=np.int64)
+    first = card.num_calls
+    device.copy_batch(none, none, none, stream)
+    assert card.num_calls == first
+
+
+def test_batches_are_arrays_of_any_stride(device, stream):
+    host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
+    places = np.arange(0, 16)[::4]
+    device.copy_batch(
+        host.data_ptr() + places,
+        memory.data_ptr() + places,
+        np.array([2, 9, 1, 9] * 2)[::2],
+        stream,
     )
-    assert error == 0
-    return base.value, size.value
+    finish(device, stream)
+    assert [host[i].item() for i in (0, 1, 4, 8, 9, 12)] == [0, 1, 4, 8, 9, 12]
 
 
-def test_memory_is_registered_from_its_first_byte_to_its_last_on_this_card(device):
-    whole = torch.zeros(5, 64, dtype=torch.uint8)
-    for rows, num_bytes in ((whole[:, :24], 4 * 64 + 24), (whole, 5 * 64), (whole[0], 64)):
-        before = card.num_calls
-        assert device.register(rows)
-        assert range_of(rows.data_ptr()) == (rows.data_ptr(), num_bytes)
-        device.unregister(rows)
-        assert {call.ordinal for call in card.calls(before)} <= {-1, 0}
-        assert not rows.is_pinned()
+@pytest.mark.parametrize("machine", ["12.4", "12.8"])
+def test_without_batches_every_range_is_a_copy_on_the_stream(machine):
+    card = use(machine)
+    card.inject("cuMemcpyBatchAsync", 801, last=-1)
+    device = CUDADevice(CARD)
+    stream = device.new_stream("test")
+    host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
+    places = np.array([0, 8])
+    device.copy_batch(host.data_ptr() + places, memory.data_ptr() + places, places + 1, stream)
+    finish(device, stream)
+    assert [host[i].item() for i in (0, 8, 16)] == [0, 8, 16]
+    assert {call.stream for call in named(card, "cuMemcpyAsync")[-2:]} == {stream.cuda_stream}
 
 
-def test_new_memory_is_no_inference_tensor_and_is_freed_with_its_last_view(device):
-    torch.cuda.synchronize()
+def test_a_copy_that_the_driver_refuses_raises_by_name(card, device, stream):
+    memory = device.empty(64)
+    card.inject("cuMemcpyAsync", 1)
+    with pytest.raises(driver.DriverError, match=r"cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE \(1\)"):
+        device.copy(memory[:8], memory[8:16], stream)
+
+
+# -- memory --
+
+
+def pageable(card, device, stream, host: torch.Tensor) -> bool:
+    before = card.num_pageable_copies
+    device.copy(host, device.empty(host.numel()).fill_(0), stream)
+    return card.num_pageable_copies != before
+
+
+def test_memory_is_registered_from_its_first_byte_to_its_last(card, device, stream):
+    memory = torch.zeros(16 * 64, dtype=torch.uint8)
+    rows = memory[64 : 64 * 6].view(5, 64)[:, :24]
+    assert device.register(rows)
+    last = 64 + 4 * 64 + 24
+    assert not pageable(card, device, stream, memory[64:65])
+    assert not pageable(card, device, stream, memory[last - 1 : last])
+    assert pageable(card, device, stream, memory[last : last + 1])
+    device.unregister(rows)
+    assert pageable(card, device, stream, memory[64:65])
+    assert device.register(memory.view(16, 64))
+    assert not pageable(card, device, stream, memory[-1:])
+    device.unregister(memory)
+
+
+def test_kernels_and_other_contexts_reach_what_was_registered(device):
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    device.register(memory)
+    _, flags = bindings.cuMemHostGetFlags(memory.data_ptr())
+    assert flags == 0x3
+    device.unregister(memory)
+
+
+def test_new_memory_is_the_drivers_and_goes_with_the_last_tensor_over_it(card, device):
+    first = card.num_calls
     with torch.inference_mode():
         buffer = device.empty(48)
-    assert not buffer.is_inference()
     assert (buffer.shape, buffer.dtype, buffer.device) == ((48,), torch.uint8, CARD)
-    view, address = buffer[8:], buffer.data_ptr()
+    assert not buffer.is_inference()
+    (made,) = named(card, "cuMemAlloc_v2", first=first)
+    assert made.result == 0
+    part = buffer[8:]
     del buffer
-    assert range_of(address) == (address, 48)
-    before = card.num_calls
-    del view
-    assert [call.name for call in card.calls(before) if "Free" in call.name] == ["cuMemFree_v2"]
+    gc.collect()
+    assert named(card, "cuMemFree_v2", first=first) == []
+    del part
+    gc.collect()
+    assert len(named(card, "cuMemFree_v2", first=first)) == 1
+    assert left(card, first) == {}
 
 
-def test_ids_lie_in_pinned_memory_whatever_the_default_device(device):
+def test_memory_that_torch_holds_free_is_asked_for_before_there_is_none(card, device, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    card.inject("cuMemAlloc_v2", 2)
+    assert device.empty(64).shape == (64,)
+    assert emptied == [1]
+    card.inject("cuMemAlloc_v2", 2, last=-1)
+    with pytest.raises(driver.DriverError, match="OUT_OF_MEMORY"):
+        device.empty(64)
+    card.clear_injections()
+    card.inject("cuMemAlloc_v2", 700)
+    with pytest.raises(driver.DriverError, match="ILLEGAL_ADDRESS"):
+        device.empty(64)
+    assert emptied == [1, 1]
+
+
+def test_ids_lie_in_pinned_memory_whatever_the_default_device(card, device, stream):
+    first = card.num_calls
     with torch.inference_mode(), torch.device("meta"):
         ids = device.empty_indices(5)
     assert (ids.dtype, ids.shape, ids.device.type) == (torch.int64, (5,), "cpu")
     assert not ids.is_inference()
-    assert range_of(ids.data_ptr()) == (ids.data_ptr(), 40)
-    assert ids.is_pinned()
+    _, flags = bindings.cuMemHostGetFlags(ids.data_ptr())
+    assert flags == 0x3
+    assert not pageable(card, device, stream, ids.view(torch.uint8)[-1:])
+    del ids
+    gc.collect()
+    assert len(named(card, "cuMemFreeHost", first=first)) == 1
 
 
-def test_an_error_of_the_device_is_its_loss():
-    configuration = card.configuration
-    try:
-        for wait in (
-            lambda device, event: device.query(event),
-            lambda device, event: device.synchronize(event, None),
-            lambda device, event: device.synchronize(event, 1),
-        ):
-            use(configuration)
-            device = CUDADevice(CARD)
-            event, stream = device.new_event(), device.new_stream("test")
-            buffer = device.empty(16)
-            card.inject_operation(1, LAUNCH_FAILED)
-            device.fill_zero(buffer, stream)
-            device.record(event, stream)
-            with pytest.raises(DeviceLostError, match="CUDA_ERROR_LAUNCH_FAILED"):
-                wait_until_reached(device, event, wait)
-            device.close_stream(stream)  # frees what there is
-            del buffer, event
-    finally:
-        use(configuration)
+# -- streams and events --
 
 
-def wait_until_reached(device, event, wait):
-    for _ in range(10):  # each query lets one operation run
-        if wait(device, event):
-            return
-
-
-def test_waiting_for_an_event_ends_when_it_is_reached_or_the_time_is_over(device, stream):
-    event, never = device.new_event(), torch.cuda.Stream()
-    memory = on_card(8)
-    torch.cuda.synchronize()
-    for _ in range(3):
-        device.fill_zero(memory, stream)
+def test_an_error_of_the_device_is_its_loss(card, device, stream):
+    event, memory = device.new_event(), device.empty(8)
+    card.inject_operation(1, 700)
+    device.fill_zero(memory, stream)
     device.record(event, stream)
-    before = card.num_calls
+    for ask in (
+        lambda: device.synchronize(event, None),
+        lambda: device.query(event),
+        lambda: device.synchronize(event, 1),
+    ):
+        with pytest.raises(DeviceLostError, match="ILLEGAL_ADDRESS"):
+            ask()
+    device.close_stream(stream)  # frees what there is
+
+
+def test_waiting_for_an_event_ends_when_it_is_reached_or_the_time_is_over(device, monkeypatch):
+    event, answers = device.new_event(), iter([False, False, True])
+    monkeypatch.setattr(device, "query", lambda event: next(answers))
     device.synchronize(event, 60)
-    asked = [call.name for call in card.calls(before)]
-    assert asked.count("cuEventQuery") == 4
-    assert "cuEventSynchronize" not in asked
-    device.record(event, stream)
-    before = card.num_calls
-    device.synchronize(event, None)
-    assert "cuEventSynchronize" in [call.name for call in card.calls(before)]
-    for _ in range(1000):
-        device.fill_zero(memory, stream)
-    device.record(event, stream)
+    assert list(answers) == []
+    monkeypatch.setattr(device, "query", lambda event: False)
     with pytest.raises(TimeoutError, match=r"not reached within 0\.002 s"):
         device.synchronize(event, 0.002)
-    del never
 
 
-def test_streams_and_events_are_as_they_were_asked_for(device):
-    assert device.new_stream("a", high_priority=True).priority == -5
-    assert device.new_stream("a").priority == 0
-    stream = device.new_stream("a")
+def test_an_event_is_reached_when_what_is_before_it_is_done(device, stream):
+    memory = device.empty(1 << 20)
+    event = device.new_event()
+    assert device.query(event)  # never recorded
+    answers = []
+    for _ in range(20):
+        device.fill_zero(memory, stream)
+        device.record(event, stream)
+        answers.append(device.query(event))
+    assert False in answers
+    device.synchronize(event, None)
+    assert device.query(event)
+
+
+def test_streams_are_as_they_were_asked_for(card, device):
+    high, low = device.new_stream("a", high_priority=True), device.new_stream("a")
+    _, least, greatest = bindings.cuCtxGetStreamPriorityRange()
+    assert least > greatest
+    priorities = [int(bindings.cuStreamGetPriority(s.cuda_stream)[1]) for s in (high, low)]
+    assert priorities == [greatest, least]
+    flags = [int(bindings.cuStreamGetFlags(s.cuda_stream)[1]) for s in (high, low)]
+    assert flags == [1, 1]  # neither waits for the legacy stream
+    first = card.num_calls
+    device.fill_zero(device.empty(8), low)
+    device.close_stream(low)
+    assert [
+        call.stream
+        for call in named(card, "cuStreamSynchronize", "cuStreamDestroy_v2", first=first)
+    ] == [low.cuda_stream] * 2
+
+
+def test_a_timed_event_tells_seconds_and_another_none(card, device, stream):
+    start, end = device.new_event(timed=True), device.new_event(timed=True)
+    device.record(start, stream)
+    for _ in range(5):
+        device.fill_zero(device.empty(1 << 20), stream)
+    device.record(end, stream)
+    device.synchronize(end, None)
+    _, milliseconds = bindings.cuEventElapsedTime(start.handle, end.handle)
+    assert device.elapsed(start, end) == pytest.approx(float(milliseconds) * 1e-3)
+    plain = device.new_event()
+    device.record(plain, stream)
+    device.synchronize(plain, None)
+    with pytest.raises(driver.DriverError, match="cuEventElapsedTime"):
+        device.elapsed(start, plain)
+
+
+@pytest.mark.parametrize("machine", ["12.4", "12.8", "13.1"])
+def test_every_driver_tells_the_time_between_events(machine):
+    use(machine)
+    device = CUDADevice(CARD)
+    stream = device.new_stream("test")
     start, end = device.new_event(timed=True), device.new_event(timed=True)
     device.record(start, stream)
     device.record(end, stream)
     device.synchronize(end, None)
-    assert 0 <= device.elapsed(start, end) < 60
-    with pytest.raises(RuntimeError):
-        device.elapsed(start, device.new_event())
-    before = card.num_calls
-    device.close_stream(stream)
-    asked = [(call.name, call.stream) for call in card.calls(before)]
-    assert ("cuStreamSynchronize", stream.cuda_stream) in asked
-    assert ("cuStreamDestroy_v2", stream.cuda_stream) in asked
+    assert device.elapsed(start, end) >= 0
 
 
-def test_no_two_streams_are_one(device):
-    """torch would hand out the same one again after some."""
-    streams = [device.new_stream("a") for _ in range(100)]
-    assert len({stream.cuda_stream for stream in streams}) == 100
-
-
-def test_a_stream_waits_for_an_event_of_another(device, stream):
-    other, event = device.new_stream("b"), device.new_event()
-    memory, target = on_card(4), on_card(4)
-    source = torch.full((4,), 7, dtype=torch.uint8).pin_memory()
-    torch.cuda.synchronize()
-    device.copy(memory, source, other)
+def test_a_stream_waits_for_what_was_recorded_on_the_other(card, device, stream):
+    other, event = device.new_stream("other"), device.new_event()
+    first = card.num_calls
     device.record(event, other)
     device.wait(stream, event)
-    device.copy(target, memory, stream)
-    stream.synchronize()
-    assert target.tolist() == [7] * 4
+    calls = named(card, "cuEventRecord", "cuStreamWaitEvent", first=first)
+    assert [(call.name, call.stream) for call in calls] == [
+        ("cuEventRecord", other.cuda_stream),
+        ("cuStreamWaitEvent", stream.cuda_stream),
+    ]
 
 
-def test_a_stream_of_another_kind_or_card_is_refused(device):
+def test_events_go_when_nobody_holds_them(card, device, stream):
+    first = card.num_calls
+    events = [device.new_event(), device.new_event(timed=True)]
+    for event in events:
+        device.record(event, stream)
+    del event, events
+    gc.collect()
+    assert left(card, first) == {}
+
+
+def test_a_stream_of_another_kind_or_card_is_refused():
+    use("two devices")
+    device = CUDADevice(CARD)
     device.check_stream(None)
     device.check_stream(device.new_stream("a"))
-    other = device.new_stream("a")
-    other.device = torch.device("cuda", 1)
-    for stream in (3, torch.Stream(device="cpu"), other):
+    device.check_stream(torch.cuda.Stream())
+    for stream in (3, torch.Stream(device="cpu"), torch.cuda.Stream(torch.device("cuda", 1))):
         with pytest.raises(ValueError, match=r"stream: expected a torch\.cuda\.Stream on cuda:0"):
             device.check_stream(stream)
+
+
+# -- threads, machines --
+
+
+def test_a_thread_of_ours_begins_on_the_card():
+    use("two devices")
+    device = CUDADevice(torch.device("cuda", 1))
+    torch.cuda.set_device(0)
+    seen, done = [], threading.Event()
+
+    def step() -> float:
+        seen.append((torch.cuda.current_device(), threading.current_thread().name))
+        done.set()
+        return math.inf
+
+    device.background("ours", step)
+    assert done.wait(60)
+    assert seen == [(1, "ours")]
+
+
+def test_a_card_that_shares_no_addresses_is_refused(card, monkeypatch):
+    monkeypatch.setattr(driver.Context, "attribute", lambda self, name: 0)
+    with pytest.raises(ValueError, match="kv_caches: expected tensors on a card that shares"):
+        CUDADevice(CARD)
+
+
+def test_a_question_that_the_driver_does_not_know_has_no_answer(card):
+    context = driver.context_of(0)
+    card.inject("cuDeviceGetAttribute", 1)
+    assert context.attribute("HOST_NUMA_ID") is None
+    assert context.attribute("HOST_NUMA_ID") == 0
+
+
+def test_without_bindings_it_is_said_what_is_missing(monkeypatch):
+    driver.bindings.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.driver", None)
+    monkeypatch.delattr("cuda.bindings.driver", raising=False)
+    with pytest.raises(RuntimeError, match=r"pip install 'triton-offload\[cuda\]'"):
+        driver.bindings()
+    monkeypatch.undo()
+    driver.bindings.cache_clear()
+
+
+def test_a_trial_of_registering_leaves_nothing_registered():
+    card = use(replace(CONFIGURATIONS["12.8"], registering=0))
+    CUDADevice(CARD)
+    assert len(named(card, "cuMemHostRegister_v2")) == 1
+    assert left(card) == {}
 
 
 def test_a_calibrated_shape_keeps_the_bytes_of_a_thread():
@@ -305,23 +473,3 @@ def test_a_calibrated_shape_keeps_the_bytes_of_a_thread():
     shape = launch_config(LaunchShape(warps=2 * own.warps, programs=7), zero_copy=False)
     assert (shape.warps, shape.programs) == (2 * own.warps, 7)
     assert shape.tile_bytes == 2 * own.tile_bytes
-
-
-def test_on_a_newer_driver_the_device_makes_the_same_calls():
-    """Whatever the bindings ask for: batches have one name, and the version of 12.8."""
-    configuration = card.configuration
-    use(CONFIGURATIONS["13.0"])
-    try:
-        device = CUDADevice(CARD)
-        stream = device.new_stream("test")
-        source, target = torch.arange(9, dtype=torch.uint8).pin_memory(), on_card(9)
-        torch.cuda.synchronize()
-        ends = [np.array([each.data_ptr()]) for each in (target, source)]
-        before = card.num_calls
-        device.copy_batch(*ends, np.array([9]), stream)
-        assert work(before) == [("cuMemcpyBatchAsync", stream.cuda_stream)]
-        stream.synchronize()
-        assert target.tolist() == [*range(9)]
-        del source, target, device
-    finally:
-        use(configuration)

@@ -458,7 +458,7 @@ def nobody_feeds_the_backlog():
 
 @mutant("7", scenarios.capture)
 def a_transfer_is_queued_into_a_captured_graph():
-    return patch.object(SimulatedDevice, "capturing", lambda self: False)
+    return patch.object(SimulatedDevice, "capturing", lambda self, stream: False)
 
 
 # -- 8: partial chunks, and what must not stay --

@@ -566,11 +566,10 @@ def test_a_path_that_fails_or_that_another_stands_in_for_is_not_measured():
     device.fail_submission.add("copy_batch")
     device.fail_running.add("gather")
     with Rig(device, 4096, 1 << 20) as rig:
-        assert set(rig.seconds(rig.pipelines(1 << 20), Direction.STORE, 64)) == set()
-        assert set(rig.seconds(rig.pipelines(1 << 20), Direction.LOAD, 64)) == {
-            Path.STAGED,
-            Path.ZERO_COPY,
-        }
+        stores = rig.pipelines(Direction.STORE, 1 << 20)
+        assert set(rig.seconds(stores, Direction.STORE, 64)) == set()
+        loads = rig.pipelines(Direction.LOAD, 1 << 20)
+        assert set(rig.seconds(loads, Direction.LOAD, 64)) == {Path.STAGED, Path.ZERO_COPY}
 
 
 def test_zero_copy_is_not_measured_where_memory_is_not_pinned():
@@ -578,7 +577,7 @@ def test_zero_copy_is_not_measured_where_memory_is_not_pinned():
     device.register = lambda host: False
     with Rig(device, 4096, 1 << 20) as rig:
         assert not rig.takes(Path.ZERO_COPY)
-        assert set(rig.pipelines(1 << 20)) == {Path.STAGED, Path.COPY_ENGINE}
+        assert set(rig.pipelines(Direction.STORE, 1 << 20)) == {Path.STAGED, Path.COPY_ENGINE}
 
 
 @pytest.mark.parametrize(
@@ -621,7 +620,7 @@ def own_threads() -> list[str]:
 def test_a_rig_closes_all_it_has_and_tries_again_what_raised(monkeypatch, failing):
     closings = Closings(monkeypatch, **{failing: 1})
     rig = Rig(GatedDevice(), 4096, 1 << 20)
-    rig.pipelines(1 << 20)
+    rig.pipelines(Direction.STORE, 1 << 20)
     with pytest.raises(OSError, match=f"injected: {failing}"), rig:
         pass
     assert closings.closed == ["shutdown"] * 3 + ["close"]

@@ -19,6 +19,7 @@ from triton_offload.calibration import Calibration, Path, PathRule, PathTable, d
 from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.host import HostDevice
+from triton_offload.device.numa import node_of_card
 from triton_offload.doctor import checks as doctor
 from triton_offload.doctor import facts
 from triton_offload.doctor.checks import Status, examine, sound
@@ -358,7 +359,7 @@ def test_a_link_is_read_from_card_and_slot(roots):
     link = machine.read_link(roots.sys, GPU)
     assert link == Link(LinkWidth(3, 8), LinkWidth(5, 16), LinkWidth(5, 16))
     assert str(link.best) == "Gen5 x16"
-    assert machine.read_numa_node(roots.sys, GPU) == 1
+    assert node_of_card(GPU, roots.sys) == 1
     assert round(link.now.gb_per_s, 1) == 7.9
 
 
@@ -410,7 +411,7 @@ def test_a_link_has_one_identity_idle_or_not(roots, slot):
 
 def test_what_the_system_does_not_say_is_unknown(roots):
     assert machine.read_link(roots.sys, GPU) is None
-    assert machine.read_numa_node(roots.sys, GPU) is None
+    assert node_of_card(GPU, roots.sys) is None
     assert machine.read_memory_limit(roots.sys, roots.proc) is None
     assert machine.read_memory_available(roots.proc) is None
     assert machine.read_locked_limit(roots.proc) is None
@@ -420,7 +421,7 @@ def test_what_the_system_does_not_say_is_unknown(roots):
     plug_in(roots, ("Unknown", 0), ("Unknown", 0), ("Unknown", 255))
     assert machine.read_link(roots.sys, GPU) is None
     write(roots.sys / "bus/pci/devices" / GPU, {"numa_node": "-1"})
-    assert machine.read_numa_node(roots.sys, GPU) is None
+    assert node_of_card(GPU, roots.sys) is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from triton_offload.transfer.segment import Queued
 
 
 def paths_of_a_lane(table: PathTable, *, reaches_pool: bool = True) -> LanePaths:
-    streams = SimpleNamespace(direction=Direction.LOAD, reaches_pool=reaches_pool)
+    streams = SimpleNamespace(
+        direction=Direction.LOAD, reaches_pool=reaches_pool, takes_batches=True
+    )
     return LanePaths("load", streams, table)
 
 

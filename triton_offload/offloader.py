@@ -261,6 +261,7 @@ class KVOffloader(OffloadingJobs):
                 self._queue.broken_paths,
                 imported=self._ledger.medium_totals[Direction.STORE].stats(),
                 exported=self._ledger.medium_totals[Direction.LOAD].stats(),
+                limits=(*self._pool.device.limits, *self._pool.notes),
             )
 
     # -- a medium of the user's --
@@ -368,8 +369,9 @@ class KVOffloader(OffloadingJobs):
         """The blocks of a call, all checked before anything is evicted or pinned for it."""
         self._check_open()
         self._pool.device.check_stream(stream)
-        if self._pool.device.capturing():
-            raise RuntimeError("the current stream captures a graph: expected no transfers in it")
+        if self._pool.device.capturing(stream):
+            which = "the current stream" if stream is None else "stream"
+            raise RuntimeError(f"{which} captures a graph: expected no transfers in it")
         stored = self._reader.keys(keys, group)
         ids = self._reader.block_ids(block_ids, group, distinct=distinct)
         span = self._reader.span(len(stored), len(ids), first_block)

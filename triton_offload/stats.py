@@ -101,7 +101,8 @@ class OffloadingStats:
 
     `pinned`: whether all of the pool is; `pin_error`: why it can't be, None while that is under way
     and where it is pinned. `broken_paths`: those that could not be queued, for which others stand
-    in. `host_bytes`, `used_bytes`: of the pool, 0 once the offloader is closed.
+    in. `host_bytes`, `used_bytes`: of the pool, 0 once the offloader is closed. `limits`: what this
+    machine does not have, or refused, and what that costs, a line each.
     """
 
     store: DirectionStats
@@ -120,3 +121,4 @@ class OffloadingStats:
     #: jobs of media of the user's, with the bytes that these counted
     imported: DirectionStats = field(default_factory=DirectionStats)
     exported: DirectionStats = field(default_factory=DirectionStats)
+    limits: tuple[str, ...] = ()

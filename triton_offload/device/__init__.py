@@ -18,7 +18,13 @@ def device_for(device: torch.device, calibration: Calibration | None = None) -> 
 
         host: Device = HostDevice()
         return host
-    if device.type == "cuda":  # torch calls ROCm "cuda" too
+    if device.type == "cuda":
+        if torch.version.hip:  # which torch calls "cuda" too
+            raise ValueError(
+                "kv_caches: expected tensors on a cpu or an NVIDIA card, got some on a card of "
+                f"ROCm {torch.version.hip}: transfers call the CUDA driver (the kernels alone, "
+                "triton_offload.kernels, run there)"
+            )
         from triton_offload.device.cuda import CUDADevice
 
         cuda: Device = CUDADevice(device, calibration)

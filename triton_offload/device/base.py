@@ -53,6 +53,10 @@ class Device(Protocol):
     default_paths: PathTable
     #: whether its work needs the interpreter, which a caller that polls in a loop keeps from it
     needs_interpreter: bool
+    #: the NUMA node of the machine that it is closest to; None: they are all the same
+    numa_node: int | None
+    #: what this machine keeps it from, and why: a line for each, for whoever runs the machine
+    limits: tuple[str, ...]
 
     # -- the host's own steps, which a simulation picks like any other --
 
@@ -85,8 +89,9 @@ class Device(Protocol):
         """Raise ValueError that names `stream` unless the device can follow it: one of its own, or
         None, which stands for the current stream."""
 
-    def capturing(self) -> bool:
-        """Whether the calling thread's stream captures a graph: nothing may be queued then."""
+    def capturing(self, stream: Stream | None) -> bool:
+        """Whether the stream (None: the current one) captures a graph, so that nothing may follow
+        it."""
 
     def new_stream(self, name: str, *, high_priority: bool = False) -> Stream: ...
 
@@ -116,8 +121,13 @@ class Device(Protocol):
     def empty_indices(self, count: int) -> torch.Tensor:
         """int64 [count] in host memory that kernels of the device can read."""
 
+    def empty_pinned(self, num_bytes: int) -> torch.Tensor | None:
+        """Host memory that is pinned already, uninitialised, where the device can't `register`
+        what is there; None where it can, and where there is none. May block for seconds."""
+
     def register(self, host: torch.Tensor) -> bool:
-        """Pin host memory for the device; False where it can't. Safe on any thread."""
+        """Pin host memory for the device; False, or an error that says why, where it can't. Safe
+        on any thread, and while another captures a graph."""
 
     def unregister(self, host: torch.Tensor) -> None: ...
 

@@ -195,6 +195,8 @@ class HostDevice(RealTime):
         self.batches_copies = True
         self.default_paths = HOST_PATHS
         self.needs_interpreter = True  # its streams are Python threads
+        self.numa_node: int | None = None
+        self.limits: tuple[str, ...] = ()
         self._condition = threading.Condition()
         self._inline_left = _INLINE_BYTES  # may run on submitters' threads until an event is asked
 
@@ -210,7 +212,7 @@ class HostDevice(RealTime):
                 f"program computes on the CPU is done when it calls), got {shown(stream)}"
             )
 
-    def capturing(self) -> bool:
+    def capturing(self, stream: HostStream | None) -> bool:
         return False
 
     def new_stream(self, name: str, *, high_priority: bool = False) -> HostStream:
@@ -265,6 +267,9 @@ class HostDevice(RealTime):
     def empty_indices(self, count: int) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.empty(count, dtype=torch.int64, device="cpu")
+
+    def empty_pinned(self, num_bytes: int) -> torch.Tensor | None:
+        return None
 
     def register(self, host: torch.Tensor) -> bool:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -20,13 +21,16 @@ class RealTime:
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def enter_thread(self) -> None:
+        """Called first on each thread of ours."""
+
     def background(
         self,
         name: str,
         step: Callable[[], float | None],
         orphaned: Callable[[], None] | None = None,
     ) -> BackgroundThread:
-        return BackgroundThread(name, step, orphaned)
+        return BackgroundThread(name, step, orphaned, self.enter_thread)
 
 
 class _Signals:
@@ -72,10 +76,11 @@ class BackgroundThread:
         name: str,
         step: Callable[[], float | None],
         orphaned: Callable[[], None] | None = None,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
         self._signals = _Signals()
         step_of = weakly(step, self._signals.look)
-        work = partial(_run, step_of, self._signals, orphaned)
+        work = partial(_run, step_of, self._signals, orphaned, enter)
         self._thread = OwnThread(name, work, self._signals.stop)
 
     def wake(self) -> None:
@@ -90,7 +95,10 @@ def _run(
     step_of: Callable[[], Callable[[], float | None] | None],
     signals: _Signals,
     orphaned: Callable[[], None] | None,
+    enter: Callable[[], None],
 ) -> None:
+    with suppress(Exception):  # what the steps do then, they find out themselves
+        enter()
     while not signals.stopped:
         signals.woken = False  # before the step, which sees what woke it
         step = step_of()

@@ -133,12 +133,11 @@ def check_paths(facts: Facts) -> Iterator[Finding]:
             "reinstall triton, and see that a C compiler and the cache in ~/.triton can be used",
         )
     if Path.COPY_ENGINE in lost:
-        version = facts.versions.get("cuda-bindings") or "none"
         yield Finding(
             "paths",
             Status.PROBLEM,
-            f"copy_engine: no batched copies (cuda-bindings: {version}), big pages are staged",
-            "pip install 'cuda-bindings>=12.8', and a driver for CUDA 12.8 or later (570)",
+            "copy_engine: the driver takes no batches of copies, big pages are staged",
+            "install a driver for CUDA 12.8 or later (570)",
         )
     if not lost or lost == [Path.ZERO_COPY]:  # which is for `check_pinning` to explain
         yield Finding("paths", Status.OK, ", ".join(p.value for p in Path if p not in lost))
@@ -153,6 +152,11 @@ def check_calibration(facts: Facts) -> Iterator[Finding]:
     else:
         what = "paths follow published figures, not a measurement of this machine"
         yield Finding("calibration", Status.NOTE, what, "triton-offload calibrate measures it")
+
+
+def check_limits(facts: Facts) -> Iterator[Finding]:
+    for limit in facts.limits:
+        yield Finding("limits", Status.NOTE, limit)
 
 
 def check_pinning(facts: Facts) -> Iterator[Finding]:
@@ -276,6 +280,7 @@ _CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     check_plain_copy,
     check_paths,
     check_calibration,
+    check_limits,
     check_pinning,
     check_memory,
     check_numa,

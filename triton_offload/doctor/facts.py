@@ -13,6 +13,7 @@ import torch
 
 from triton_offload.calibration import Calibration, Path, default_calibration
 from triton_offload.device import device_for
+from triton_offload.device.numa import node_of_card
 from triton_offload.specs import Direction
 from triton_offload.tuning import machine
 from triton_offload.tuning.calibrate import Progress
@@ -46,7 +47,8 @@ class Facts:
 
     `host_bytes`: the size of the pool that is asked about. `unused_cards`: PCI addresses of cards
     where torch sees none. `pinned_bytes`: how much a trial could
-    pin. `pool_nodes`: pages of a trial pool on each NUMA node. `failure`: why the trial ended.
+    pin. `pool_nodes`: pages of a trial pool on each NUMA node. `limits`: what the device lacks, or
+    was refused. `failure`: why the trial ended.
     """
 
     device_type: str
@@ -65,6 +67,7 @@ class Facts:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     calibration: Calibration | None = None
     calibration_warning: str = ""
+    limits: tuple[str, ...] = ()
     speeds: tuple[Speed, ...] = ()
     failure: str = ""
 
@@ -93,7 +96,7 @@ def gather(
         identity,
         host_bytes,
         () if torch.cuda.is_available() else tuple(machine.read_cards(roots.sys)),
-        node=machine.read_numa_node(roots.sys, address) if address else None,
+        node=node_of_card(address, roots.sys) if address else None,
         locked_limit=machine.read_locked_limit(roots.proc),
         memory_limit=machine.read_memory_limit(roots.sys, roots.proc),
         memory_available=machine.read_memory_available(roots.proc),
@@ -123,8 +126,8 @@ def _try_out(
     speeds: list[Speed] = []
     for step, page_bytes in enumerate(_PAGE_BYTES, 1):
         with Rig(seam, page_bytes, num_bytes) as rig:
-            pipelines = rig.pipelines(calibration.buffer_bytes)
             for way in Direction:
+                pipelines = rig.pipelines(way, calibration.buffer_bytes)
                 chosen = calibration.paths.choose(way, page_bytes, rig.num_pages)
                 limit = rig.num_bytes / rig.plain_copy(way) / 1e9
                 speeds.append(Speed(way, page_bytes, None, limit))
@@ -132,10 +135,12 @@ def _try_out(
                     Speed(way, page_bytes, path, rig.num_bytes / seconds / 1e9, path is chosen)
                     for path, seconds in rig.seconds(pipelines, way, rig.num_pages).items()
                 ]
+                rig.end_pipelines()
             if step == 1:
                 nodes = machine.read_nodes_of(roots.proc, rig.pool.slots.data_ptr())
                 pinned = rig.num_bytes if rig.pool.pinned else 0
-                facts = replace(facts, pool_nodes=nodes, pinned_bytes=pinned)
+                limits = (*seam.limits, *rig.pool.notes)
+                facts = replace(facts, pool_nodes=nodes, pinned_bytes=pinned, limits=limits)
                 if address:
                     with rig.busy():  # an idle link is a slow one
                         link = machine.read_link(roots.sys, address) or _ask_nvidia_smi(address)

@@ -105,8 +105,10 @@ class SimulatedDevice(Controls):
         self.batches_copies = True
         self.default_paths = CUDA_PATHS
         self.needs_interpreter = False
+        self.numa_node: int | None = None
+        self.limits: tuple[str, ...] = ()
         self.rates = rates
-        self.is_capturing = False
+        self.is_capturing = False  # the compute stream does
         #: parts of host memory that are registered
         self.num_registered = 0
         #: copy engines, one each way
@@ -152,9 +154,9 @@ class SimulatedDevice(Controls):
                 f"stream: expected an open stream of this simulated device, got {stream!r}"
             )
 
-    def capturing(self) -> bool:
+    def capturing(self, stream: Stream | None) -> bool:
         self._simulation.note_call("capturing")
-        return self.is_capturing
+        return self.is_capturing and stream in (None, self.compute_stream)
 
     def new_stream(self, name: str, *, high_priority: bool = False) -> Stream:
         self._simulation.note_call("new_stream")
@@ -224,6 +226,10 @@ class SimulatedDevice(Controls):
         indices = torch.full((count,), -1, dtype=torch.int64)
         self._places.add_indices(indices, f"ids {self.calls['empty_indices']}")
         return indices
+
+    def empty_pinned(self, num_bytes: int) -> torch.Tensor | None:
+        self._simulation.note_call("empty_pinned")
+        return None
 
     def register(self, host: torch.Tensor) -> bool:
         self._simulation.enter("register")

@@ -40,6 +40,9 @@ class LanePaths:
         unmapped = CROSSINGS[path].where_unmapped
         if unmapped is not None and not self._streams.reaches_pool:
             path = unmapped
+        unbatched = CROSSINGS[path].where_unbatched
+        if unbatched is not None and not self._streams.takes_batches:
+            path = unbatched
         for _ in CROSSINGS:  # enough steps to find one that is not broken: `give_up` keeps one
             if path in self._broken:
                 path = CROSSINGS[path].stands_in

@@ -16,6 +16,7 @@ from triton_offload.transfer.ranges import (
     SLICE_BYTES,
     ChunkRanges,
     Pair,
+    batch_ops,
     chunk_batches,
     whole_chunks,
     zeros_over,
@@ -76,6 +77,11 @@ class LaneStreams:
         """Whether kernels may read and write the pool, as zero copy does."""
         return self.device.maps_host_memory and self.pool.pinned
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether one call copies many ranges."""
+        return self.device.batches_copies
+
     def chunks_in_buffer(self, run: GroupRun) -> int:
         """How many of the run's chunks a staging buffer holds."""
         return self._ring.buffer_bytes // run.group.packed.slot_bytes
@@ -130,7 +136,7 @@ class LaneStreams:
         # One call each costs the caller some 10 us, a range of a batch 0.5. Pageable memory, and
         # slots that must be cut in slices, are left to plain copies.
         if (
-            device.batches_copies
+            self.takes_batches
             and self.pool.pinned
             and run.group.packed.slot_bytes <= SLICE_BYTES
             and len(ranges.firsts) * len(run.group.byte_ranges) > _MANY_COPIES
@@ -138,7 +144,7 @@ class LaneStreams:
             for slots, buffer, sizes in chunk_batches(run, self.pool, staging, skip):
                 ends = (slots, buffer) if stores else (buffer, slots)
                 device.copy_batch(*ends, sizes, self.copies)
-                ops += 1
+                ops += batch_ops(sizes)
             return ops
         for there, here in whole_chunks(run, self.pool, staging, ranges):
             pair = (there, here) if stores else (here, there)

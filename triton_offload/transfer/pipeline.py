@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 
 import numpy as np
@@ -43,7 +43,8 @@ _log = logging.getLogger(__name__)
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
 
-_LANES = {
+#: the lanes, and the direction of their jobs
+LANES = {
     "store": Direction.STORE,
     "load": Direction.LOAD,
     "expedited": Direction.LOAD,
@@ -62,7 +63,9 @@ class Pipeline:
         layout: CacheLayout,
         pool: HostPool,
         options: PipelineOptions | None = None,
+        lanes: Collection[str] = tuple(LANES),
     ) -> None:
+        """`lanes`: those that jobs will come for; the others take no memory, and no jobs."""
         options = options or PipelineOptions()
         if pool.slot_bytes < layout.slot_bytes:
             raise ValueError(
@@ -81,14 +84,15 @@ class Pipeline:
         )
         contents = SlotContents(layout, pool.num_slots)
         # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
-        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in _LANES}
-        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in _LANES}
+        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in LANES}
+        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
         self._lanes: dict[str, Lane] = {}  # those that are not closed
         self._told_lost = False
         with ExitStack() as undo:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
-            for name, direction in _LANES.items():
+            for name in lanes:
+                direction = LANES[name]
                 # Ordering rule 4: every lane has its own ring, so that none starves another.
                 streams = LaneStreams(
                     self._device,
@@ -134,10 +138,10 @@ class Pipeline:
         """
         self._device.check_stream(stream)
         runs = self._open_layout().plan(direction, device_spec, host_spec, self._num_slots)
-        if self._device.capturing():
+        if self._device.capturing(stream):
+            which = "the current stream" if stream is None else "stream"
             raise RuntimeError(
-                "the current stream captures a graph: expected transfers to be submitted "
-                "outside of it"
+                f"{which} captures a graph: expected transfers to be submitted outside of it"
             )
         # Ordering rules 1 and 2: recorded here, on the caller's thread.
         stream = self._device.current_stream() if stream is None else stream
@@ -344,7 +348,7 @@ class Pipeline:
     def _unfinished(self, name: str | None = None) -> list[Job]:
         """The jobs of a lane that are not finished; None: of all of them."""
         with self._lock:
-            names = [*_LANES] if name is None else [name]
+            names = [*LANES] if name is None else [name]
             return [job for name in names for job in self._jobs_of_lane[name].values()]
 
     def _check(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import os
 import pathlib
@@ -19,7 +18,7 @@ from triton_offload.device import Device, device_for
 from triton_offload.kernels.arguments import shown
 from triton_offload.specs import Direction
 from triton_offload.transfer.paths.table import CROSSINGS
-from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
+from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.tuning.calibration_file import Machine, cache_file, load, read, save
 from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
 from triton_offload.tuning.machine import identify
@@ -108,24 +107,28 @@ def measure(device: torch.device, progress: Progress, num_bytes: int) -> Measure
         paths += _by_path(device_for(device, tuned), page_bytes, num_bytes)
         progress(step, _STEPS)
     with Rig(device_for(device, tuned), _SMALL_PAGE_BYTES, num_bytes) as rig:
-        buffers = {
-            size: rig.pipeline(PipelineOptions(path=Path.STAGED, buffer_bytes=size))
+        sizes = {
+            size: (PipelineOptions(path=Path.STAGED, buffer_bytes=size), None)
             for size in _BUFFER_BYTES
         }
-        buffer_bytes = _both_ways(rig, buffers)
+        buffer_bytes = _both_ways(rig, sizes)
     progress(_STEPS, _STEPS)
     return Measurements(tuple(paths), buffer_bytes, staged, zero_copy)
 
 
 def _by_path(device: Device, page_bytes: int, num_bytes: int) -> list[Measurement]:
     with Rig(device, page_bytes, num_bytes) as rig:
-        pipelines = rig.pipelines(PipelineOptions().buffer_bytes)
-        return [
-            Measurement(direction, page_bytes, pages, path, seconds)
-            for direction, pages in itertools.product(Direction, PAGES)
-            if pages <= rig.num_pages
-            for path, seconds in rig.seconds(pipelines, direction, pages).items()
-        ]
+        measured: list[Measurement] = []
+        for direction in Direction:
+            pipelines = rig.pipelines(direction, PipelineOptions().buffer_bytes)
+            measured += [
+                Measurement(direction, page_bytes, pages, path, seconds)
+                for pages in PAGES
+                if pages <= rig.num_pages
+                for path, seconds in rig.seconds(pipelines, direction, pages).items()
+            ]
+            rig.end_pipelines()
+        return measured
 
 
 def _by_shape(
@@ -137,18 +140,24 @@ def _by_shape(
     with Rig(device_for(device), _SMALL_PAGE_BYTES, num_bytes) as rig:
         if not rig.takes(path):
             return ()
-        pipelines: dict[LaunchShape | None, Pipeline] = {}
+        launched: dict[LaunchShape | None, tuple[PipelineOptions, Device]] = {}
         for shape in CROSSINGS[path].launch_shapes:
             launch: dict[str, Any] = {path.value: shape}
             launches = replace(default, **launch)
-            options = PipelineOptions(path=path)
-            pipelines[shape] = rig.pipeline(options, device_for(device, launches))
-        return _both_ways(rig, pipelines)
+            launched[shape] = (PipelineOptions(path=path), device_for(device, launches))
+        return _both_ways(rig, launched)
 
 
-def _both_ways(rig: Rig, pipelines: Mapping[Name, Pipeline]) -> tuple[tuple[Name, float], ...]:
+def _both_ways(
+    rig: Rig, choices: Mapping[Name, tuple[PipelineOptions, Device | None]]
+) -> tuple[tuple[Name, float], ...]:
     """Seconds of a store and a load of all pages."""
-    store, load = (rig.seconds(pipelines, way, rig.num_pages) for way in Direction)
+    took = []
+    for way in Direction:
+        pipelines = {name: rig.pipeline(way, *choice) for name, choice in choices.items()}
+        took.append(rig.seconds(pipelines, way, rig.num_pages))
+        rig.end_pipelines()
+    store, load = took
     return tuple((name, store[name] + load[name]) for name in store if name in load)
 
 

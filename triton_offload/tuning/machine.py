@@ -101,12 +101,6 @@ def read_cards(sys: Path) -> list[str]:
     )
 
 
-def read_numa_node(sys: Path, bus_id: str) -> int | None:
-    """The NUMA node of a PCI device; None where the system does not say."""
-    text = _read(sys / "bus/pci/devices" / bus_id / "numa_node")
-    return int(text) if text.isdigit() else None
-
-
 def read_huge_pages(sys: Path) -> str:
     """When shared anonymous memory, which a pool is, gets huge pages ("never", "advise", ...);
     empty where the system does not say."""
