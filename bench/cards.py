@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-GB = 1e9
+from units import GB, GIB, KIB
 
 
 @dataclass(frozen=True, slots=True)

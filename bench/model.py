@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cards import KIB, MIB, Card
+from cards import Card
+from units import KIB, MIB
 
 from triton_offload.calibration import Path
 from triton_offload.kernels.tiling import choose_config

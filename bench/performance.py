@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-from cards import GB, GIB, KIB, MIB, PREDICTED, Card
+from cards import PREDICTED, Card
 from model import (
     NO_HOST,
     RING_KERNEL,
@@ -37,6 +37,7 @@ from model import (
 from published import WITHIN, Figure, Role, figures
 from results import size_name, time_name
 from tables import heading, table
+from units import GB, GIB, KIB, MIB
 
 from triton_offload.calibration import Path
 from triton_offload.specs import Direction

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cards import B200, GB, GB300, GH200, GIB, H100_SXM, KIB, PCIE_5
+from cards import B200, GB300, GH200, H100_SXM, PCIE_5
 from model import Kernel, batch_seconds, cta_rate, link_rate, plain_copy_seconds, zero_copy_seconds
+from units import GB, GIB, KIB
 
 from triton_offload.specs import Direction
 

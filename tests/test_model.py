@@ -5,20 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cards import (
-    GB,
-    GB300,
-    GIB,
-    H100_PCIE,
-    H100_SXM,
-    KIB,
-    KNOWN,
-    MIB,
-    PCIE_5,
-    PREDICTED,
-    Card,
-    card_of,
-)
+from cards import GB300, H100_PCIE, H100_SXM, KNOWN, PCIE_5, PREDICTED, Card, card_of
 from model import (
     BUFFERS,
     NO_HOST,
@@ -44,6 +31,7 @@ from model import (
     zero_copy_seconds,
 )
 from published import TABLE, WITHIN, Figure, Role, figures, fitted_depth, fitted_small_rate
+from units import GB, GIB, KIB, MIB
 
 from triton_offload.calibration import Path
 from triton_offload.kernels.tiling import choose_config
