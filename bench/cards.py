@@ -109,6 +109,8 @@ RTX_5090 = Card(
 )
 GH200 = Card("GH200", "NVIDIA GH200", 132, 4.0e12, 2048, 65_536, C2C_GH200, *_COMMON)
 
+#: the fact that `machine.facts` has of device memory
+BANDWIDTH = "memory bandwidth, by clock and bus"
 #: those that predictions are made for; a GH200 is here for the figures of others
 PREDICTED = (H100_PCIE, H100_SXM, H200, B200, GB300, RTX_5090)
 KNOWN = (*PREDICTED, GH200)
@@ -122,17 +124,19 @@ def card_of(facts: Mapping[str, str]) -> Card | None:
     """The card that a machine's facts are of (`machine.facts`), None where they name no GPU.
 
     A known name brings what was published; what the device reports of itself goes before it, and
-    a card without a name here is made of that alone.
+    a card without a name here is made of that alone: None where it does not say enough.
     """
     name = facts.get("GPU", "none")
     if name == "none":
         return None
     known = next((card for card in KNOWN if name.startswith(card.reported)), None)
+    if known is None and not {"SMs", BANDWIDTH} <= facts.keys():
+        return None
     card = known or replace(H100_SXM, name=name, reported=name)
     card = replace(
         card,
         sms=int(_number(facts, "SMs", card.sms)),
-        memory=_number(facts, "memory bandwidth, by clock and bus", card.memory / GB) * GB,
+        memory=_number(facts, BANDWIDTH, card.memory / GB) * GB,
         threads_per_sm=int(_number(facts, "threads per SM", card.threads_per_sm)),
         registers_per_sm=int(_number(facts, "registers per SM", card.registers_per_sm)),
     )

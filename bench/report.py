@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cards import Card
+from predictions import beside, predicted, predicted_limit
 from promises import promises
 from report_gpu import gpu_sections
 from results import (
@@ -83,6 +85,7 @@ def transfers(results: Results, drawn: dict[str, str]) -> str:
         heading("Transfers"),
         f"GB/s, and in brackets the share of {limit} of the same bytes. Blocks are scattered, "
         "slots adjacent."
+        + _beside_words(results)
         + ("" if results.on_gpu else " On the CPU the copy engine is a memmove for every page.")
         + "\n",
         image(drawn, "bandwidth"),
@@ -90,7 +93,7 @@ def transfers(results: Results, drawn: dict[str, str]) -> str:
     ]
     for direction in ("store", "load"):
         mine = [record for record in records if record["direction"] == direction]
-        parts.append(heading(f"{direction}, alone", 3) + _grid(mine))
+        parts.append(heading(f"{direction}, alone", 3) + _grid(mine, results.card))
         rows = [
             [
                 size_name(size),
@@ -139,7 +142,7 @@ def _more_transfers(results: Results) -> str:
         parts += [
             heading("Both directions at once", 3),
             "GB/s of both together; the limit is two plain copies, one each way.\n",
-            _grid(both),
+            _grid(both, results.card),
         ]
     slots = results.of("slots")
     for name, words in (
@@ -164,7 +167,16 @@ def _more_transfers(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _grid(records: Sequence[Record]) -> str:
+def _beside_words(results: Results) -> str:
+    if results.card is None:
+        return ""
+    return (
+        f" In square brackets, what the model predicts for this card ({results.card.name}, "
+        f"{results.card.link.name}), and by how much the measurement is off that."
+    )
+
+
+def _grid(records: Sequence[Record], card: Card | None = None) -> str:
     """A row for each job. The limit is the median over all that were timed beside it."""
     names = contenders_in(records)
     points = sorted({(record["page_bytes"], record["pages"]) for record in records})
@@ -172,12 +184,17 @@ def _grid(records: Sequence[Record]) -> str:
     for size, pages in points:
         here = [r for r in records if (r["page_bytes"], r["pages"]) == (size, pages)]
         limit = statistics.median(record["limit_gb_per_s"] for record in here)
-        speeds = {record["contender"]: record["gb_per_s"] for record in here}
-        cells = [
-            f"{speeds[name]:.3g} ({speeds[name] / limit:.2f})" if name in speeds else "-"
-            for name in names
-        ]
-        rows.append([size_name(size), f"{pages:,}", f"{limit:.3g}", *cells])
+        found = {record["contender"]: record for record in here}
+        cells = []
+        for name in names:
+            if name not in found:
+                cells.append("-")
+                continue
+            speed = found[name]["gb_per_s"]
+            expected = predicted(found[name], card)
+            cells.append(f"{speed:.3g} ({speed / limit:.2f}){beside(speed, expected)}")
+        most = f"{limit:.3g}{beside(limit, predicted_limit(here[0], card))}"
+        rows.append([size_name(size), f"{pages:,}", most, *cells])
     return table(["page", "pages", "limit", *names], rows)
 
 
@@ -360,7 +377,7 @@ def not_measured(results: Results) -> str:
         parts.append(
             "Everything that needs a GPU: the kernels' bandwidth, transfers over the link by "
             "every path, vLLM's worker, batched copies, what transfers cost a model on the GPU, "
-            "how the copy engine arbitrates, launches, and pinning. `make bench-gpu` measures "
+            "how the copy engine arbitrates, launches, and pinning. `make gpu` measures "
             "them on a machine that has one.\n"
         )
     if rows:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cards import Card, card_of
+
 from triton_offload.sizes import format_bytes
 
 #: the order in which contenders are shown
@@ -79,6 +81,11 @@ class Results:
     @property
     def on_gpu(self) -> bool:
         return any(record.get("device") == "gpu" for record in self.records)
+
+    @property
+    def card(self) -> Card | None:
+        """The card that the model predicts for; None without a GPU that it knows enough of."""
+        return card_of(self.facts) if self.on_gpu else None
 
     @property
     def default_contender(self) -> str:
