@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cards import Card
 from predictions import beside, predicted, predicted_limit
 from promises import promises
 from report_gpu import gpu_sections
+from report_host import host
 from results import (
     OURS,
     Record,
@@ -23,7 +24,6 @@ from results import (
     contenders_in,
     crossover,
     size_name,
-    slope,
     time_name,
 )
 from tables import heading, image, table
@@ -35,6 +35,7 @@ def build(results: Results, plots: Sequence[Path]) -> str:
     parts = [
         "# Benchmarks of triton-offload\n",
         what_this_is(results),
+        steps(results),
         machine(results),
         promises(results),
         transfers(results, drawn),
@@ -62,6 +63,23 @@ def what_this_is(results: Results) -> str:
         "transfers run from submission to the last byte, with cold caches, in turn with one plain "
         "copy of the same bytes: *limit* is what that copy reached.\n"
     )
+
+
+def steps(results: Results) -> str:
+    """What was run, in order, and whether the bytes were right."""
+    if not results.steps:
+        return ""
+    rows = [[name, outcome, f"{seconds:.0f} s"] for name, outcome, seconds in results.steps]
+    failed = (
+        ""
+        if results.steps[0][1] == "passed"
+        else (
+            "**Correctness failed, and nothing was measured: no figure of speed means anything "
+            "here.**\n"
+        )
+    )
+    words = f"{results.passed} tests of kernels and paths passed on this card.\n"
+    return "\n".join([heading("Steps"), failed, words, table(["step", "", "took"], rows)])
 
 
 def machine(results: Results) -> str:
@@ -228,97 +246,6 @@ def interference(results: Results, drawn: dict[str, str]) -> str:
     )
 
 
-def host(results: Results, drawn: dict[str, str]) -> str:
-    """Planning, submission, launches, polling, pools."""
-    parts = [_planning(results, drawn), _submission(results)]
-    small = [
-        [f"`get_finished`, {r['jobs']} jobs in flight", time_name(r.seconds)]
-        for r in results.of("polling")
-    ]
-    small += [
-        [f"launch of a gather, {r['name']}", time_name(r.seconds)] for r in results.of("launch")
-    ]
-    if small:
-        parts.append(heading("Polling and launching", 3) + table(["call", "time"], small))
-    pools = [
-        [
-            size_name(r["bytes"]),
-            time_name(r["usable_seconds"]),
-            f"{time_name(r.seconds)} ({r.seconds / r['bytes'] * 1e9:.2f} s a GB)",
-            time_name(r["close_seconds"]),
-            time_name(r["torch_seconds"]),
-        ]
-        for r in results.of("pool")
-    ]
-    if pools:
-        pinned = results.of("pool")[0]["pinned"]
-        columns = ["size", "usable after", f"touched{' and pinned' * pinned} after", "closed in"]
-        parts.append(
-            heading("Starting a host pool", 3)
-            + table([*columns, f"torch, filled{' and pinned' * pinned}"], pools)
-        )
-    body = "\n".join(part for part in parts if part)
-    return heading("The host's part") + body if body else ""
-
-
-def _planning(results: Results, drawn: dict[str, str]) -> str:
-    rows = []
-    for r in results.of("planning"):
-        peer = r.get("peer_seconds")
-        theirs = [time_name(peer), f"{r['ratio']:.1f}"] if peer else ["-", "-"]
-        rows.append([f"{r['blocks']:,}", str(r["tensors"]), time_name(r.seconds), *theirs])
-    if not rows:
-        return ""
-    return "\n".join(
-        [
-            heading("Planning a job", 3),
-            "Ids checked, runs cut into segments; vLLM's fills a descriptor for each page.\n",
-            image(drawn, "planning"),
-            table(["blocks", "tensors", "ours", "vLLM's", "times ours"], rows),
-        ]
-    )
-
-
-def _submission(results: Results) -> str:
-    records = results.of("submission")
-    if not records:
-        return ""
-    rows = [
-        [
-            f"{r['blocks']:,}",
-            str(r["tensors"]),
-            r["path"],
-            r["slots"],
-            f"{r['segments']:,}",
-            time_name(r.seconds),
-        ]
-        for r in records
-    ]
-    # Jobs of one tensor count, so that planning is the same but for the blocks.
-    segments = _slope_of(records, "segments", slots="adjacent", path="staged")
-    chunks = _slope_of(records, "blocks", slots="scattered", path="staged")
-    fitted = ""
-    if segments is not None:
-        fitted += f"By a line through these: {time_name(segments)} for each further segment"
-        fitted += "" if chunks is None else f", {time_name(chunks)} for each further scattered slot"
-        fitted += " (staged; a lane queues a bounded number of operations, the rest follows).\n"
-    if not results.on_gpu:
-        fitted += "No device takes part: what its driver or its threads take comes on top.\n"
-    columns = ["blocks", "tensors", "path", "slots", "segments", "`transfer_async`"]
-    return heading("Submitting a job", 3) + table(columns, rows) + "\n" + fitted
-
-
-def _slope_of(records: Iterable[Record], units: str, **facts: str) -> float | None:
-    """Of jobs that a lane queues at once: more than 512 scattered slots are not."""
-    chosen = [
-        record
-        for record in records
-        if all(record.get(name) == value for name, value in facts.items())
-        and (facts["slots"] == "adjacent" or record["blocks"] <= 512)
-    ]
-    return slope([(record[units], record.seconds) for record in chosen])
-
-
 def static(results: Results) -> str:
     records = results.of("static")
     if not records:
@@ -385,3 +312,19 @@ def not_measured(results: Results) -> str:
     if results.failed:
         parts.append("**Failed:**\n\n" + "".join(f"- `{name}`\n" for name in results.failed))
     return "\n".join(parts)
+
+
+def write_report(out: Path, *, plots: bool = True) -> Path:
+    """`report.md` and its plots, from the JSON files in `out`."""
+    results = Results.load(out)
+    drawn: list[Path] = []
+    if plots:
+        try:
+            from plots import draw_all
+
+            drawn = draw_all(results, out)
+        except ImportError as error:
+            print(f"no plots: {error}")
+    report = out / "report.md"
+    report.write_text(build(results, drawn))
+    return report

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import report
 import run
-import torch
 from arbitration import Arbitration, WindowTrial, infer_arbitration, windows_that_suffice
 from cards import H100_SXM
 from model import Host, path_seconds
 from peers import PACK_VARIABLE, pack_environment
 from predictions import predicted
 from promises import promises
-from results import Record, Results, crossover, largest_jobs, size_name, slope, time_name
+from results import Record, Results, crossover, largest_jobs, line_of, size_name, slope, time_name
 from tables import table
 from timing import EventClock, rounds_for
 from units import GIB, KIB
@@ -332,19 +332,19 @@ def test_nothing_is_predicted_for_a_card_that_says_too_little_or_for_none() -> N
 
 
 def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path) -> None:
-    benchmark = {
-        "name": "test",
-        "group": "polling",
-        "stats": {"median": 5e-6, "min": 4e-6},
-        "extra_info": {"kind": "polling", "device": "host device", "jobs": 1},
-    }
+    benchmark = SimpleNamespace(
+        name="test",
+        group="polling",
+        stats=SimpleNamespace(stats=SimpleNamespace(median=5e-6, min=4e-6)),
+        extra_info={"kind": "polling", "device": "host device", "jobs": 1},
+    )
     notes: dict[str, Any] = {
         "facts": {"cores": "2", "load average at the end": "9 9 9", "GPU": "none"},
         "seconds": 12.0,
         "skipped": {},
         "failed": [],
     }
-    (tmp_path / "submission.json").write_text(json.dumps({"benchmarks": [benchmark]}))
+    (tmp_path / "submission.records.jsonl").write_text(line_of(benchmark))
     (tmp_path / "submission.notes.json").write_text(json.dumps(notes))
     notes |= {"skipped": {"needs a GPU": 80}, "failed": ["test_kernels.py::test_x"]}
     (tmp_path / "kernels.notes.json").write_text(json.dumps(notes))  # nothing of it ran
@@ -521,16 +521,6 @@ def test_a_packed_peer_is_found_by_its_script(
     assert pack_environment(tmp_path) == {"PYTHONPATH": "/packed"}
     monkeypatch.setenv(PACK_VARIABLE, str(tmp_path))
     assert pack_environment(None) == {"PYTHONPATH": "/packed"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_run_that_requires_a_gpu_says_that_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--require-gpu", "--out", str(tmp_path / "out")])
-    assert run.main() == 2
-    assert "no GPU" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_suite_that_does_not_exist_is_refused(

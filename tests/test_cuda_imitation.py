@@ -31,6 +31,7 @@ def run(file: str) -> None:
 
 def test_the_tests_of_a_gpu_pass_where_cuda_is_imitated() -> None:
     run("test_cuda.py")
+    run("test_cuda_kernels.py")
 
 
 def test_each_call_of_the_seam_asks_for_the_right_thing_on_the_right_stream() -> None:
