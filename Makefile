@@ -26,7 +26,7 @@ OTHER_TRITON := 3.6.0
 OTHER_VLLM := 0.33.0
 
 .DEFAULT_GOAL := test
-.PHONY: demo quick test check deep mutants soak bench bench-check bench-gpu clean
+.PHONY: demo quick test check deep mutants soak bench bench-check gpu performance clean
 
 # A file of tests stays with one process; ids of tests are the same in every process.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
@@ -72,8 +72,14 @@ bench-check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python bench/regression.py
 
 # On a machine with a GPU, with the Python that is there: nothing is installed, nothing downloaded.
-bench-gpu:
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/run.py --require-gpu
+# Ten minutes at most; the report is written after each step.
+OUT ?= bench/out
+gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/gpu.py --out $(OUT)
+
+# Writes docs/performance.md and its plot anew: what the model of bench/model.py predicts.
+performance: $(STAMPS)/package $(STAMPS)/dev
+	PYTHONPATH=. $(BIN)/python bench/performance.py
 
 # Serving on the simulated device and threads on the host device, so many seconds each: no wrong
 # byte, and nothing that grows.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timing import DEVICE, HAS_GPU
+from sizes import HAS_GPU
+from timing import DEVICE
 from world import World
 
 from triton_offload.calibration import Path

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from contenders import _words
-from timing import HAS_GPU, note
-from world import KIB, World
+from sizes import HAS_GPU
+from timing import note
+from units import KIB
+from world import World
 
 from triton_offload import KVOffloader
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, LoadStoreSpec
