@@ -10,10 +10,13 @@ import json
 import random
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from triton_offload.cli.demo import Engine, tiny_llama
+from triton_offload.device.host import HostDevice
 
 OUTPUT_TOKENS = 24
 PRESSURE_TOKENS = 40
@@ -33,6 +36,7 @@ def prompts(num_prefixes: int, num_suffixes: int, seed: int) -> list[list[int]]:
 
 SINGLE = prompts(3, 3, seed=1)
 CROWD = prompts(6, 3, seed=2)
+FEW, FEW_TOKENS = [SINGLE[i] for i in (0, 1, 3, 4)], 8  # of two prefixes, for rounds after rounds
 
 
 def one_by_one(engine: Engine, requests: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -61,14 +65,16 @@ def _connected(
     return Engine(model, extra, **llm_args)
 
 
-def _reloaded(engine: Engine) -> list[list[int]]:
+def _reloaded(
+    engine: Engine, requests: list[list[int]] = SINGLE, max_tokens: int = OUTPUT_TOKENS
+) -> list[list[int]]:
     """Each prompt with nothing right on the device but what is loaded for it."""
     answers = []
-    for prompt in SINGLE:
+    for prompt in requests:
         engine.settle()
         engine.forget()
         engine.poison()
-        answers += one_by_one(engine, [prompt], OUTPUT_TOKENS)
+        answers += one_by_one(engine, [prompt], max_tokens)
     engine.settle()
     return answers
 
@@ -167,6 +173,162 @@ def pressure(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     }
 
 
+class FaultyDevice(HostDevice):
+    """A host device on which so many more of each operation fail while they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults = Counter[str]()
+
+    def _maybe_fail(self, kind: str, stream: Any) -> None:
+        if self.faults[kind] > 0:
+            self.faults[kind] -= 1
+            stream.put(_fail)
+
+    def gather(self, *args: Any, **kwargs: Any) -> None:
+        self._maybe_fail("gather", args[5])
+        super().gather(*args, **kwargs)
+
+    def scatter(self, *args: Any, **kwargs: Any) -> None:
+        self._maybe_fail("scatter", args[5])
+        super().scatter(*args, **kwargs)
+
+
+def _fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("injected: the link is down")
+
+
+def _surviving(model: Path, device: HostDevice, blocks_per_chunk: int) -> Engine:
+    """An engine with the connector of this package, on `device`."""
+    from triton_offload.vllm import spec
+
+    spec.device_for = lambda *args: device
+    extra = {"cpu_bytes_to_use": "64MiB", "blocks_per_chunk": blocks_per_chunk, "path": "staged"}
+    transfer = {
+        "kv_connector": "TritonOffloadingConnector",
+        "kv_connector_module_path": "triton_offload.vllm",
+        "kv_load_failure_policy": "recompute",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
+
+
+class Rounds:
+    """Answers and counts of jobs, round after round."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seen: dict[str, Any] = {}
+
+    def run(self, name: str, answer: Callable[[], list[list[int]]]) -> None:
+        worker = self.engine.worker
+        before = worker.loads, worker.stores
+        answers = answer()
+        self.engine.settle()
+        after = worker.loads, worker.stores
+        self.seen[name] = {"answers": answers}
+        for way, was, now in zip(("loads", "stores"), before, after, strict=True):
+            self.seen[name][way] = now.succeeded - was.succeeded
+            self.seen[name][f"failed_{way}"] = now.failed - was.failed
+
+    def store(self) -> list[list[int]]:
+        self.engine.forget(host_pool_too=True)
+        return one_by_one(self.engine, FEW, FEW_TOKENS)
+
+    def load(self) -> list[list[int]]:
+        return _reloaded(self.engine, FEW, FEW_TOKENS)
+
+    def load_at_once(self) -> list[list[int]]:
+        self.engine.forget()
+        self.engine.poison()
+        return [each.token_ids for each in self.engine.generate(FEW, FEW_TOKENS)]
+
+
+ALWAYS = 1 << 30
+
+
+def failures(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """One kind of failure after the other, and after each what is stored and loaded again."""
+    device = FaultyDevice()
+    engine = _surviving(model, device, blocks_per_chunk)
+    rounds = Rounds(engine)
+    rounds.run("stored", rounds.store)
+    device.faults["scatter"] = 1
+    rounds.run("one load fails", rounds.load)
+    device.faults["scatter"] = ALWAYS
+    rounds.run("every load fails", rounds.load)
+    rounds.run("every load of many at once fails", rounds.load_at_once)
+    device.faults.clear()
+    rounds.run("loads work again", rounds.load)
+    device.faults["gather"] = ALWAYS
+    rounds.run("every store fails", rounds.store)
+    rounds.run("nothing was stored", rounds.load)
+    device.faults.clear()
+    rounds.run("stores work again", rounds.store)
+    manager = engine.worker._manager
+    assert manager is not None
+    transfer_async = manager.transfer_async
+    manager.transfer_async = _fail  # type: ignore[method-assign]
+    rounds.run("every job is refused", rounds.load)
+    manager.transfer_async = transfer_async  # type: ignore[method-assign]
+    rounds.run("jobs are accepted again", rounds.store)
+    rounds.run("loaded at the end", rounds.load)
+    return rounds.seen
+
+
+def tiny_gemma3(path: Path) -> Path:
+    """A tiny random model of two KV cache groups: sliding windows, and full attention."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def hybrid_plain(model: Path) -> dict[str, Any]:
+    """The hybrid model's answers without a connector, each prompt recomputed."""
+    tiny_gemma3(model)
+    engine = Engine(model, max_model_len=1024)
+    answers = []
+    for prompt in FEW:
+        engine.forget()
+        answers.append(engine.generate([prompt], FEW_TOKENS)[0].token_ids)
+    return {"answers": answers}
+
+
+def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """The hybrid model: loads of one group fail, then all, then stores."""
+    device = FaultyDevice()
+    engine = _surviving(model, device, blocks_per_chunk)
+    rounds = Rounds(engine)
+    rounds.run("stored", rounds.store)
+    rounds.run("loaded", rounds.load)
+    device.faults["scatter"] = 1
+    rounds.run("one load fails", rounds.load)
+    device.faults["scatter"] = ALWAYS
+    rounds.run("every load fails", rounds.load)
+    device.faults.clear()
+    device.faults["gather"] = 1
+    rounds.run("one store fails", rounds.store)
+    rounds.run("loaded at the end", rounds.load)
+    return rounds.seen
+
+
 def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") -> None:
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
@@ -176,8 +338,16 @@ def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") ->
         seen: dict[str, Any] = {"model": str(tiny_llama(path))}
     elif scenario == "plain":
         seen = plain(path)
+    elif scenario == "hybrid_plain":
+        seen = hybrid_plain(path)
     else:
-        scenarios = {"intact": intact, "broken": broken, "pressure": pressure}
+        scenarios = {
+            "intact": intact,
+            "broken": broken,
+            "pressure": pressure,
+            "failures": failures,
+            "hybrid": hybrid,
+        }
         seen = scenarios[scenario](path, int(blocks_per_chunk))
     Path(output).write_text(json.dumps(seen))
 

@@ -25,6 +25,7 @@ from triton_offload.sizes import parse_bytes
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.metrics import DEFINITIONS
 from triton_offload.vllm.versions import SUPPORT
 from triton_offload.vllm.worker import TritonOffloadingWorker
 
@@ -63,6 +64,11 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 f"cpu_bytes_to_use: expected at least one chunk of {self.kv_bytes_per_chunk} "
                 f"bytes, got {size}"
             )
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's metrics by name, and this package's."""
+        return {**super().build_metric_definitions(extra_config), **DEFINITIONS}
 
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         """The worker of this rank, made on the first call.
