@@ -10,13 +10,13 @@ import json
 import random
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from faulty import FaultyDevice, fail
+
 from triton_offload.cli.demo import Engine, tiny_llama
-from triton_offload.device.host import HostDevice
 
 OUTPUT_TOKENS = 24
 PRESSURE_TOKENS = 40
@@ -173,32 +173,7 @@ def pressure(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     }
 
 
-class FaultyDevice(HostDevice):
-    """A host device on which so many more of each operation fail while they run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.faults = Counter[str]()
-
-    def _maybe_fail(self, kind: str, stream: Any) -> None:
-        if self.faults[kind] > 0:
-            self.faults[kind] -= 1
-            stream.put(_fail)
-
-    def gather(self, *args: Any, **kwargs: Any) -> None:
-        self._maybe_fail("gather", args[5])
-        super().gather(*args, **kwargs)
-
-    def scatter(self, *args: Any, **kwargs: Any) -> None:
-        self._maybe_fail("scatter", args[5])
-        super().scatter(*args, **kwargs)
-
-
-def _fail(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("injected: the link is down")
-
-
-def _surviving(model: Path, device: HostDevice, blocks_per_chunk: int) -> Engine:
+def _surviving(model: Path, device: FaultyDevice, blocks_per_chunk: int) -> Engine:
     """An engine with the connector of this package, on `device`."""
     from triton_offload.vllm import spec
 
@@ -269,7 +244,7 @@ def failures(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     manager = engine.worker._manager
     assert manager is not None
     transfer_async = manager.transfer_async
-    manager.transfer_async = _fail  # type: ignore[method-assign]
+    manager.transfer_async = fail  # type: ignore[method-assign]
     rounds.run("every job is refused", rounds.load)
     manager.transfer_async = transfer_async  # type: ignore[method-assign]
     rounds.run("jobs are accepted again", rounds.store)
@@ -295,6 +270,7 @@ def tiny_gemma3(path: Path) -> Path:
         layer_types=["sliding_attention", "full_attention"] * 2,
         max_position_embeddings=1024,
         initializer_range=0.2,
+        tie_word_embeddings=False,  # tied, it repeats the last token
     )
     transformers.Gemma3ForCausalLM(config).save_pretrained(path)
     return path
@@ -326,6 +302,10 @@ def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     device.faults["gather"] = 1
     rounds.run("one store fails", rounds.store)
     rounds.run("loaded at the end", rounds.load)
+    pool = engine.worker.pool
+    assert pool is not None
+    pool.slots.bitwise_xor_(0x80)  # the sign of every float, and no NaN
+    rounds.run("flipped", rounds.load)
     return rounds.seen
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels.arguments"},  # numpy alone
     {"scheduler.order", "scheduler.free_slots"},
     {"version", "process_lock", "closing", "errors", "specs", "sizes", "kernels.table"},
-    {"vllm.versions", "cli.models", "cli.output"},
+    {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
     {"medium", "kernels.tiling", "kernels.reference"},
@@ -58,7 +58,10 @@ LAYERS = [
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker", "metrics"},
-    {"vllm.spec"},
+    {"vllm.tolerant_worker"},
+    {"vllm.metrics"},
+    {"vllm.spec", "vllm.connector_worker", "vllm.connector_scheduler"},
+    {"vllm.connector"},
     {"vllm"},
     {"cli.demo", "cli.machine"},
     {"cli.main"},
