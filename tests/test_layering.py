@@ -17,7 +17,8 @@ LAYERS = [
     {"kernels.arguments"},  # numpy alone
     {"scheduler.order", "scheduler.free_slots"},
     {"version", "process_lock", "closing", "errors", "specs", "sizes", "kernels.table"},
-    {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "cli.models", "cli.output"},
+    {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "vllm.stale_regions"},
+    {"cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
     {"medium", "kernels.tiling", "kernels.reference"},
@@ -158,4 +159,5 @@ def test_only_the_plug_in_and_the_demo_name_vllm():
             for node in ast.walk(ast.parse(file.read_text()))
         )
     ]
-    assert set(users) <= {"vllm", "vllm.spec", "vllm.worker", "cli.demo"}
+    assert all(name.split(".")[0] == "vllm" or name == "cli.demo" for name in users)
+    assert not {"vllm.versions", "vllm.stale_regions"} & set(users)

@@ -18,12 +18,14 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from faulty import FaultyDevice
 from gated import GatedDevice
 
 with warnings.catch_warnings():
@@ -50,6 +52,7 @@ with warnings.catch_warnings():
     )
 
     from triton_offload import vllm as plugin
+    from triton_offload.errors import DeviceLostError
     from triton_offload.pool.host_pool import HostPool
     from triton_offload.transfer.queue_manager import OffloadingQueueManager
     from triton_offload.vllm import spec as plugin_spec
@@ -216,6 +219,24 @@ def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
     assert not Path(region.mmap_path).exists()
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_before_a_region_is_made_those_of_dead_engines_go(
+    caches: Any, failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_cuda(monkeypatch)
+    asked = []
+
+    def remove(engine_id: str) -> None:
+        asked.append((engine_id, list(Path("/dev/shm").glob(f"vllm_offload_{engine_id}*"))))
+        if failing:
+            raise PermissionError("/dev/shm can't be looked at")
+
+    monkeypatch.setattr(plugin_spec, "remove_stale_regions", remove)
+    config = make_config()
+    plugin.TritonOffloadingSpec(config).get_worker(caches).shutdown()
+    assert asked == [(config.engine_id, [])]
+
+
 # -- what is freed, whatever happens --
 
 
@@ -333,6 +354,36 @@ def test_a_shutdown_of_which_a_step_fails_frees_the_rest_and_then_that_too(
     worker.shutdown()
     worker.shutdown()
     assert failing.struck == times
+    assert _resources() == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, DeviceLostError])
+@pytest.mark.parametrize("method", ["query", "elapsed", "synchronize", "unregister"])
+def test_a_shutdown_frees_the_memory_though_the_device_raises(
+    caches: Any,
+    pool_kind: str,
+    method: str,
+    error: type[RuntimeError],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = _resources()
+    device = FaultyDevice()
+    monkeypatch.setattr(plugin_spec, "device_for", lambda *args: device)
+    extra = {"cpu_bytes_to_use": CHUNKS * 4096, "path": "staged"}
+    worker = plugin.TritonOffloadingSpec(make_config(extra_config=extra)).get_worker(caches)
+    for job in range(3 * CHUNKS):
+        blocks = blocks_of([[job % BLOCKS, 3, 4], []], [0, 0])
+        worker.submit_store(job, blocks, CPULoadStoreSpec([job % CHUNKS]))
+
+    def lose(*args: Any, **kwargs: Any) -> None:
+        raise error(f"injected: {method}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, method, lose)
+        with suppress(error):
+            worker.shutdown()
+        assert _resources()[0] == before[0], "memory is still mapped"
+    worker.shutdown()
     assert _resources() == before
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
 from triton_offload.vllm.metrics import DEFINITIONS
+from triton_offload.vllm.stale_regions import remove_stale_regions
 from triton_offload.vllm.versions import SUPPORT
 from triton_offload.vllm.worker import TritonOffloadingWorker
 
@@ -126,6 +128,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return pool
 
     def _create_region(self) -> Any:
+        with suppress(OSError):  # an engine starts without that, too
+            remove_stale_regions(self.config.engine_id)
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
