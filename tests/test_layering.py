@@ -20,6 +20,7 @@ LAYERS = [
     {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "vllm.stale_regions"},
     {"cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
+    {"vllm.options"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
     {"medium", "kernels.tiling", "kernels.reference"},
     {"transfer.options", "device.threads", "pool.memory_limits"},
@@ -160,4 +161,4 @@ def test_only_the_plug_in_and_the_demo_name_vllm():
         )
     ]
     assert all(name.split(".")[0] == "vllm" or name == "cli.demo" for name in users)
-    assert not {"vllm.versions", "vllm.stale_regions"} & set(users)
+    assert not {"vllm.versions", "vllm.stale_regions", "vllm.options"} & set(users)

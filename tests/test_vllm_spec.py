@@ -51,6 +51,7 @@ with warnings.catch_warnings():
         random_caches,
     )
 
+    from triton_offload import calibration
     from triton_offload import vllm as plugin
     from triton_offload.errors import DeviceLostError
     from triton_offload.pool.host_pool import HostPool
@@ -756,6 +757,29 @@ _REFUSED = [
         )
         for size in ("much", "64 parsecs", -4096, True, float("nan"), float("inf"), [4096])
     ),
+    *(
+        ({"extra_config": {"cpu_bytes_to_use": 1 << 20, **extra}}, message)
+        for extra, message in (
+            ({"pth": "staged"}, r"one of \['block_size', .*got 'pth'; was 'path' meant\?$"),
+            ({"blocks_per_chnk": 2}, r"got 'blocks_per_chnk'; was 'blocks_per_chunk' meant\?$"),
+            ({"zzz": 1}, r"kv_connector_extra_config: expected .*\(vLLM 0.3\d.*\), got 'zzz'$"),
+            ({5: 1}, r"kv_connector_extra_config: expected .*, got 5$"),
+            ({"path": "stagd"}, r"path: expected one of .*got 'stagd'; was 'staged' meant\?$"),
+            ({"path": None}, r"path: expected one of .*got None$"),
+            ({"path": ["staged"]}, r"path: expected one of .*got \['staged'\]"),
+            (
+                {"eviction_policy": "lro"},
+                r"eviction_policy: expected one of \['lru', 'arc'\], .*lru",
+            ),
+            ({"offload_prompt_only": "false"}, "offload_prompt_only: expected true or false, got"),
+            ({"canonical_layout": 1}, "canonical_layout: expected true or false, got 1"),
+            ({"store_threshold": "two"}, "store_threshold: expected an integer, got 'two'"),
+            ({"max_tracker_size": 1.5}, "max_tracker_size: expected an integer, got 1.5"),
+            ({"blocks_per_chunk": True}, "blocks_per_chunk: expected an integer, got True"),
+            ({"staging_bytes": "16 loads"}, 'staging_bytes: expected .*like "8GiB", got'),
+            ({"staging_bytes": 0}, "staging_bytes: expected at least 1, got 0"),
+        )
+    ),
     ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
     ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
     ({"extra_config": {"cpu_bytes_to_use": 0}}, "at least one chunk, got 0"),
@@ -780,6 +804,87 @@ def test_sizes_are_those_that_people_write(size: Any, chunks: int) -> None:
     assert spec.num_chunks == chunks
     assert spec.extra_config["store_threshold"] == 2
     assert given.extra_config["cpu_bytes_to_use"] is size, "the caller's configuration was changed"
+
+
+def test_the_options_of_the_other_vllm_are_unknown_here() -> None:
+    extra = {"cpu_bytes_to_use": 1 << 20, "sync_load_budget_bytes": "64KiB"}
+    config = make_config(extra_config=extra)
+    if vllm.__version__.startswith("0.32"):
+        with pytest.raises(ValueError, match="got 'sync_load_budget_bytes'"):
+            plugin.TritonOffloadingSpec(config)
+    else:
+        spec = plugin.TritonOffloadingSpec(config)
+        assert spec.extra_config["sync_load_budget_bytes"] == 64 << 10  # vLLM calls int() of it
+
+
+def test_a_policy_of_the_users_may_have_any_name() -> None:
+    extra = {"cpu_bytes_to_use": 1 << 20, "eviction_policy": "Mine"}
+    spec = plugin.TritonOffloadingSpec(
+        make_config(extra_config={**extra, "cache_policy_module_path": "some.module"})
+    )
+    assert spec.eviction_policy == "Mine"
+
+
+@pytest.mark.parametrize("path", ["auto", "staged"])
+def test_staging_is_as_large_as_is_said(
+    caches: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    transfer_queue = plugin_spec.transfer_queue
+
+    def note(*args: Any) -> Any:
+        asked.append(args[3])
+        return transfer_queue(*args)
+
+    monkeypatch.setattr(plugin_spec, "transfer_queue", note)
+    extra = {"cpu_bytes_to_use": CHUNKS * 4096, "staging_bytes": "4KiB", "path": path}
+    worker = plugin.TritonOffloadingSpec(make_config(extra_config=extra)).get_worker(caches)
+    (options,) = asked
+    assert options.buffer_bytes == 4096
+    assert options.path is (None if path == "auto" else calibration.Path.STAGED)
+    assert worker.pool is not None
+    _check_round_trip(worker, caches, worker.pool.slots, expedited=False)
+    worker.shutdown()
+
+
+def test_more_than_there_is_is_refused(caches: Any, pool_kind: str) -> None:
+    left = sorted(Path("/dev/shm").iterdir())
+    spec = plugin.TritonOffloadingSpec(make_config(extra_config={"cpu_bytes_to_use": "10TB"}))
+    with pytest.raises(ValueError, match=r"^cpu_bytes_to_use: expected at most .*got \d.\d TiB$"):
+        spec.get_worker(caches)
+    assert sorted(Path("/dev/shm").iterdir()) == left
+
+
+@pytest.mark.parametrize("sizes", [[512, 512], [512, 768], [768, 512]])
+def test_uneven_pipeline_stages_are_refused_on_every_rank(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = object()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda asked: len(sizes))
+    world = SimpleNamespace(cpu_group=group)
+    monkeypatch.setattr(plugin_spec, "get_world_group", lambda: world)
+    told = []
+
+    def gather(into: list[int], own: int, group: Any) -> None:
+        told.append(own)
+        into[:] = sizes
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    parallel = dataclasses.replace(make_config().parallel, world_size=2, pp_size=2)
+    for size in sizes:
+        config = make_config(parallel=parallel, worker_kv_bytes_per_block=size)
+        if sizes[0] == sizes[1]:
+            plugin.TritonOffloadingSpec(config)
+            continue
+        with pytest.raises(ValueError, match=f"pipeline_parallel_size: .*{re.escape(str(sizes))}"):
+            plugin.TritonOffloadingSpec(config)
+    assert told == sizes
+
+
+def test_the_scheduler_of_several_stages_asks_nobody() -> None:
+    parallel = dataclasses.replace(make_config().parallel, world_size=2, pp_size=2)
+    assert plugin.TritonOffloadingSpec(make_config(parallel=parallel)).num_chunks == CHUNKS
 
 
 def test_more_than_the_memory_there_is_names_what_vllms_users_set(
