@@ -1,7 +1,8 @@
 """A real vLLM engine: what it answers when its KV cache comes from our host pool.
 
-The model is a tiny random Llama in float32. Before every load all bytes of the device's KV cache
-are overwritten, so that an answer can only be right if the load was.
+The model is a tiny random Llama in float32, or a Gemma 3 of two KV cache groups. Before every load
+all bytes of the device's KV cache are overwritten, so that an answer can only be right if the load
+was.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ class Scenarios:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def run(self, scenario: str, blocks_per_chunk: int = 1) -> dict[str, Any]:
+    def run(
+        self, scenario: str, blocks_per_chunk: int = 1, model_name: str = "model"
+    ) -> dict[str, Any]:
         output = self._folder / "output.json"
-        model = self._folder / "model"
+        model = self._folder / model_name
         command = [sys.executable, _SCRIPT, scenario, model, output, str(blocks_per_chunk)]
         done = subprocess.run(
-            command, cwd=_SCRIPT.parent.parent, capture_output=True, text=True, timeout=300
+            command, cwd=_SCRIPT.parent.parent, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{scenario}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
         seen: dict[str, Any] = json.loads(output.read_text())
@@ -85,3 +88,48 @@ def test_outputs_stay_equal_under_pressure(scenarios: Scenarios, plain: dict[str
     assert seen["preempted"] >= 20
     assert seen["loads"] >= 200
     assert seen["stores"] >= 100
+
+
+# Of the round's four prompts each has something to load, and something to store.
+_COUNTS: dict[str, dict[str, int]] = {
+    "stored": {"failed_loads": 0, "failed_stores": 0},
+    "one load fails": {"loads": 3, "failed_loads": 1, "failed_stores": 0},
+    "every load fails": {"loads": 0, "failed_loads": 4, "failed_stores": 0},
+    "every load of many at once fails": {"loads": 0, "failed_stores": 0},
+    "loads work again": {"loads": 4, "failed_loads": 0},
+    "every store fails": {"stores": 0, "failed_stores": 4, "failed_loads": 0},
+    "nothing was stored": {"loads": 0, "failed_loads": 0, "stores": 0},
+    "stores work again": {"failed_stores": 0},
+    "every job is refused": {"loads": 0, "stores": 0},
+    "jobs are accepted again": {"failed_loads": 0, "failed_stores": 0},
+    "loaded at the end": {"loads": 4, "failed_loads": 0},
+}
+
+
+def test_whatever_transfer_fails_outputs_equal_those_without_a_connector(
+    scenarios: Scenarios, plain: dict[str, Any]
+) -> None:
+    seen = scenarios.run("failures", 2)
+    wanted = [plain["single"][i][:8] for i in (0, 1, 3, 4)]
+    assert seen.keys() == _COUNTS.keys()
+    for name, counts in _COUNTS.items():
+        assert seen[name]["answers"] == wanted, name
+        assert {kind: seen[name][kind] for kind in counts} == counts, name
+    for name in ("every load of many at once fails", "every job is refused"):
+        assert 1 <= seen[name]["failed_loads"] <= 4, name  # no request tries again
+    assert seen["every job is refused"]["failed_stores"] == 4
+
+
+def test_a_hybrid_model_survives_failures_too(scenarios: Scenarios) -> None:
+    wanted = scenarios.run("hybrid_plain", model_name="hybrid")["answers"]
+    assert all(len(set(answer)) > 2 for answer in wanted), "an answer that is always the same"
+    seen = scenarios.run("hybrid", 2, model_name="hybrid")
+    flipped = seen.pop("flipped")["answers"]
+    assert not any(a == b for a, b in zip(flipped, wanted, strict=True))
+    for name, each in seen.items():
+        assert each["answers"] == wanted, name
+    for name in ("loaded", "loaded at the end"):
+        assert (seen[name]["loads"], seen[name]["failed_loads"]) == (4, 0)
+    assert (seen["one load fails"]["loads"], seen["one load fails"]["failed_loads"]) == (3, 1)
+    assert (seen["every load fails"]["loads"], seen["every load fails"]["failed_loads"]) == (0, 4)
+    assert seen["one store fails"]["failed_stores"] == 1

@@ -14,15 +14,16 @@ from triton_offload.vllm.versions import SUPPORT, require_version
 try:
     import vllm
 
+    from triton_offload.vllm.connector import TritonOffloadingConnector
     from triton_offload.vllm.spec import TritonOffloadingSpec
-    from triton_offload.vllm.worker import TransferCounts, TritonOffloadingWorker
+    from triton_offload.vllm.worker import TritonOffloadingWorker
 except ImportError as _error:
     raise ImportError(f"{SUPPORT}; this one lacks what they have: {_error}") from _error
 
 require_version(vllm.__version__)
 
 __all__ = [
-    "TransferCounts",
+    "TritonOffloadingConnector",
     "TritonOffloadingSpec",
     "TritonOffloadingWorker",
     "require_version",
