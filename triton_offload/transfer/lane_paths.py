@@ -80,3 +80,7 @@ class LanePaths:
     def max_chunks(self, path: Path, run: GroupRun) -> int:
         """Chunks in a segment of the run."""
         return CROSSINGS[path].max_chunks(self._streams, run)
+
+    def short_chunks(self, path: Path, run: GroupRun) -> int:
+        """See `Crossing.short_chunks`."""
+        return CROSSINGS[path].short_chunks(run)

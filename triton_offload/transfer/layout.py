@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -212,11 +213,19 @@ class GroupRun(NamedTuple):
     def num_bytes(self) -> int:
         return len(self.block_ids) * self.group.table.bytes_per_block
 
-    def split(self, max_chunks: int) -> Iterator[GroupRun]:
-        """The run in parts of at most `max_chunks` chunks."""
+    def split(self, max_chunks: int, first: int = 0, last: int = 0) -> Iterator[GroupRun]:
+        """The run in parts of at most `max_chunks` chunks.
+
+        `first`, `last`: of a first part, or a last one, that would have three times as many chunks
+        or more, so many are a part of their own; 0: none are.
+        """
         span = self.group.table.blocks_per_chunk
-        for chunk in range(0, len(self.slot_ids), max_chunks):
-            end = min(chunk + max_chunks, len(self.slot_ids))
+        ends = [0, *range(max_chunks, len(self.slot_ids), max_chunks), len(self.slot_ids)]
+        if first and ends[1] >= 3 * first:
+            ends.insert(1, first)
+        if last and ends[-1] - ends[-2] >= 3 * last:
+            ends.insert(-1, ends[-1] - last)
+        for chunk, end in itertools.pairwise(ends):
             blocks = slice(max(0, chunk * span - self.first), end * span - self.first)
             yield GroupRun(
                 self.group,
