@@ -40,7 +40,7 @@ class LanePaths:
         unmapped = CROSSINGS[path].where_unmapped
         if unmapped is not None and not self._streams.reaches_pool:
             path = unmapped
-        for _ in CROSSINGS:  # enough steps to find one that is not broken: `give_up` keeps one
+        for _ in self._broken:  # enough steps to find one that is not broken: `give_up` keeps one
             if path in self._broken:
                 path = CROSSINGS[path].stands_in
         return path
