@@ -44,10 +44,10 @@ class Gate:
     def __init__(self, device: Device, events: Iterable[Event]) -> None:
         self._device = device
         self._events = tuple(events)
-        self._passed: list[Stream] = []
+        self._passed: dict[int, Stream] = {}
 
     def hold(self, stream: Stream) -> None:
-        if not any(stream is passed for passed in self._passed):
+        if id(stream) not in self._passed:
             for event in self._events:
                 self._device.wait(stream, event)
-            self._passed.append(stream)
+            self._passed[id(stream)] = stream

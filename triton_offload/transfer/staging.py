@@ -97,16 +97,16 @@ class IndexRing:
 
     def take(self, *parts: Ids) -> list[torch.Tensor] | None:
         """Each part's ids in memory that the device reads, until the matching `free`."""
-        count = sum(map(len, parts))
-        begin = self._find(count)
+        begin = self._find(sum(map(len, parts)))
         if begin is None:
             return None
         tensors = []
         place = begin
         for part in parts:
-            self._array[place : place + len(part)] = part
-            tensors.append(self._view(place, place + len(part)))
-            place += len(part)
+            end = place + len(part)
+            self._array[place:end] = part
+            tensors.append(self._view(place, end))
+            place = end
         self._taken.append((begin, place))
         self._head = place
         return tensors
