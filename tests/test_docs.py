@@ -210,6 +210,13 @@ def test_a_row_that_begins_with_a_file_names_what_it_defines():
     assert rows > 20
 
 
+def test_every_file_of_the_tests_has_its_row():
+    page = (ROOT / "tests" / "README.md").read_text()
+    named = {span for line in page.splitlines() for span in _SPAN.findall(line.partition(" | ")[0])}
+    files = {file.name for file in (ROOT / "tests").glob("*.py")}
+    assert files - named == {"conftest.py"}
+
+
 def test_every_ordering_rule_has_its_line():
     source = (ROOT / "triton_offload/transfer/pipeline.py").read_text()
     rules = re.findall(r"^(\d+)\. ", ast.get_docstring(ast.parse(source)), re.MULTILINE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gated import GatedDevice
+from steps import count_calls
 
 import triton_offload.jobs as jobs_module
 from triton_offload import KVOffloader, ledger
@@ -60,33 +60,17 @@ def loaded(offloader: KVOffloader, kv: torch.Tensor, keys: list[bytes], into: in
     return kv[into : into + len(keys)].clone()
 
 
-def calls_in(function) -> int:
-    """How many Python functions are called in it, on this thread."""
-    count = 0
-
-    def note(frame, event, arg):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def chunked_prefill(device, steps: int) -> tuple[int, int]:
     """Calls of the last wait, and of a poll, after a prefix was stored step by step."""
     keys = keys_of(4 * steps)
     device.gate.clear()
     with offloader_on(device, pages(4 * steps), 4 * steps, options=None) as offloader:
         jobs = [offloader.store(keys[: 4 * s], range(4 * s)) for s in range(1, steps + 1)]
-        polling = calls_in(offloader.get_finished)
+        polling = count_calls(offloader.get_finished)
         device.gate.set()
         for entry in offloader._ledger.entries:
             offloader._queue.wait(entry.transfers, 60)
-        waiting = calls_in(lambda: jobs[-1].wait(60))
+        waiting = count_calls(lambda: jobs[-1].wait(60))
         offloader._check()
         assert all(job.wait(60).success for job in jobs)
         assert offloader.lookup(keys) == len(keys)
