@@ -200,6 +200,19 @@ def test_what_another_warp_reads_is_written_after_a_barrier() -> None:
     run(whole, words([0] * 64), block=64)
 
 
+def test_what_several_warps_read_none_of_them_writes_before_a_barrier() -> None:
+    body = f"""{SHARED}
+    st.shared.b64 [%r6], %d0;
+    bar.sync 0;
+    ld.shared.b64 %d5, [%r4];
+    setp.eq.u32 %p1, %r0, WRITER;
+    @%p1 st.shared.b64 [%r4], %d0;"""
+    out = words([0] * 64)
+    run(kernel(body.replace("WRITER", "64"), inside=BUFFER), out, block=64)
+    error = error_of(body.replace("WRITER", "33"), inside=BUFFER, block=64)
+    check(error, FAILED, "another warp read 0x0 of shared memory", "thread (33, 0, 0)")
+
+
 COPY = f"""{SHARED}
     mul.wide.u32 %d4, %r0, 8;
     add.s64 %d5, %d11, %d4;
