@@ -155,6 +155,7 @@ def test_a_module_that_is_unloaded_while_its_kernel_is_queued_still_runs(driver)
     assert launch(driver, function, stream, memory, 4) == INVALID_HANDLE
     assert driver.cuStreamSynchronize(stream) == 0
     assert read(memory, 1) == b"\3"
+    assert [name for name, _ in driver.card.launches()] == ["kernel"]
 
 
 def test_a_kernel_runs_on_the_device_that_it_was_loaded_for():
