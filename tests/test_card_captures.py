@@ -65,6 +65,15 @@ def test_what_is_captured_does_not_run(driver):
     assert driver.cuEventQuery(event) == CAPTURED_EVENT
 
 
+def test_a_graph_has_no_copies_of_pageable_memory(driver):
+    stream, memory, host = driver.stream(), driver.device(8, 0), driver.pinned(bytes(8))
+    assert driver.cuStreamBeginCapture_v2(stream, GLOBAL) == 0
+    assert driver.cuMemcpyAsync(memory, host, 8, stream) == 0
+    assert driver.cuMemcpyAsync(memory, driver.pageable(8), 8, stream) == CAPTURE_UNSUPPORTED
+    assert end(driver, stream) == CAPTURE_INVALIDATED
+    assert driver.card.num_operations == 0
+
+
 CALLS_THAT_CAPTURES_FORBID = {
     "event query": lambda driver, event, stream: driver.cuEventQuery(event),
     "event wait": lambda driver, event, stream: driver.cuEventSynchronize(event),

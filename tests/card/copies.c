@@ -124,9 +124,12 @@ static CUresult queue_copy(stream *on, copy *made) {
     bool pageable = false;
     for (size_t i = 0; i < made->count; i++)
         pageable |= made->pieces[i].pageable_to || made->pieces[i].pageable_from;
-    bool captured = is_capturing(on);
+    if (pageable && is_capturing(on)) {
+        discard_copy(&made->base);
+        return refused_while_capturing(on);
+    }
     CUresult error = enqueue(on, &made->base);
-    if (error || !pageable || captured)
+    if (error || !pageable)
         return error;
     note_pageable_copy();
     drain(on);
