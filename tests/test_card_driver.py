@@ -242,6 +242,11 @@ def test_calls_fail_as_a_test_says(driver):
     assert driver.cuStreamCreate(ctypes.byref(made), 1) == 0
 
 
+def test_a_call_that_nobody_makes_can_t_be_made_to_fail(driver):
+    with pytest.raises(AttributeError, match="cuMemFree"):
+        driver.card.inject("cuMemFree", 1)
+
+
 def test_an_operation_fails_when_it_runs_and_takes_the_context_along(driver):
     stream, memory, event = driver.stream(), driver.device(3, 0), driver.event()
     driver.card.inject_operation(2, LAUNCH_FAILED)
