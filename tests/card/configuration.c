@@ -43,6 +43,13 @@ typedef struct {
 static list calls, launches, complaints, injections;
 static size_t call_under_way;
 
+void *zeroed(size_t bytes) {
+    void *memory = calloc(1, bytes ? bytes : 1);
+    if (!memory)
+        abort();
+    return memory;
+}
+
 /* Grows by one item, which the caller fills. */
 static void *append(list *to, size_t item_bytes) {
     if (to->count == to->capacity) {
