@@ -66,6 +66,18 @@ def test_a_tensor_is_on_the_device_that_it_was_made_for():
     assert torch.cuda.current_device() == 0
 
 
+def test_work_on_another_device_s_tensor_is_queued_there():
+    imitation_cuda.use(CONFIGURATIONS["two devices"])
+    tensor = torch.zeros(4, dtype=torch.uint8, device="cuda:1")
+    before = card.num_calls
+    tensor.fill_(3)
+    assert (tensor + 1).device == tensor.device
+    asked = [call for call in card.calls(before) if call.name == "cuMemsetD8Async"]
+    assert [call.ordinal for call in asked] == [1]
+    assert torch.cuda.current_device() == 0
+    assert tensor.tolist() == [3] * 4
+
+
 def test_fills_and_copies_are_queued_on_the_current_stream():
     tensor, stream = torch.full((4,), 1, dtype=torch.uint8, device=CARD), torch.cuda.Stream()
     torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from .asking import OnDevice, ask, current_index, index_of, use
+from .asking import OnDevice, ask, current_index, index_of
 from .card import Card
 from .streams import current_stream, is_current_stream_capturing
 
@@ -175,6 +175,13 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if func in _VIEWS or gives_view:
         with _without_dispatch():
             return _wrapped(func(*args, **kwargs), args)
+    on = next((each.device for each in args if isinstance(each, CardTensor)), None)
+    with OnDevice(on):
+        return _run(func, args, kwargs, writes)
+
+
+def _run(func: Any, args: Any, kwargs: Any, writes: list[bool]) -> Any:
+    """On the current stream of the current device."""
     if any(writes) and is_current_stream_capturing():
         return args[0]  # of the graph, which nothing ever launches
     queue = _QUEUED.get(func)
@@ -223,7 +230,6 @@ def _queue_fill(tensor: CardTensor, value: Any = 0) -> bool:
     if not plain or not tensor.is_contiguous():
         return False
     address, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    use(tensor.device.index)
     ask(driver.cuMemsetD8Async(address, value % 256, num_bytes, current_stream().cuda_stream))
     return True
 
