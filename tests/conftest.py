@@ -17,6 +17,7 @@ settings.register_profile("deep", max_examples=1000)
 SLOW_FILES = {
     "test_card_kernels.py",
     "test_card_rules.py",
+    "test_cuda_device.py",
     "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",

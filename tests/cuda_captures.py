@@ -61,7 +61,6 @@ def test_jobs_go_on_and_end_while_another_thread_captures(path):
             ):  # without the cache's own stream, which would be in the capture's way
                 transfers.offloader.load([b"1-%d" % i for i in range(12)], range(12)).wait(60)
         assert not torch.equal(transfers.cache.cpu(), before)
-        done[0][1]
         stats = transfers.offloader.stats()
     assert stats.store.failed == stats.load.failed == 0
     assert card.complaints() == []

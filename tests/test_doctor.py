@@ -163,13 +163,10 @@ PROBLEMS = {
         "host_bytes",
     ),
     "no batched copies": (
-        {
-            "speeds": without(Path.COPY_ENGINE),
-            "versions": {**SOUND.versions, "cuda-bindings": None},
-        },
+        {"speeds": without(Path.COPY_ENGINE)},
         "paths",
-        "copy_engine: no batched copies (cuda-bindings: none)",
-        "pip install 'cuda-bindings>=12.8'",
+        "copy_engine: the driver takes no batches of copies",
+        "CUDA 12.8",
     ),
     "a card that torch can't use": (
         {"device_type": "cpu", "unused_cards": (GPU,)},

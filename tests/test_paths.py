@@ -19,9 +19,11 @@ from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.segment import Queued
 
 
-def paths_of_a_lane(table: PathTable, *, reaches_pool: bool = True) -> LanePaths:
+def paths_of_a_lane(
+    table: PathTable, *, reaches_pool: bool = True, takes_batches: bool = True
+) -> LanePaths:
     streams = SimpleNamespace(
-        direction=Direction.LOAD, reaches_pool=reaches_pool, takes_batches=True
+        direction=Direction.LOAD, reaches_pool=reaches_pool, takes_batches=takes_batches
     )
     return LanePaths("load", streams, table)
 
@@ -56,6 +58,15 @@ def test_no_kernel_is_sent_to_a_pool_that_it_cannot_reach():
     assert paths_of_a_lane(table).usable(Path.ZERO_COPY) is Path.ZERO_COPY
     unmapped = paths_of_a_lane(table, reaches_pool=False)
     assert [unmapped.usable(path) for path in Path] == [Path.STAGED, Path.STAGED, Path.COPY_ENGINE]
+
+
+def test_big_pages_are_staged_where_there_are_no_batches():
+    lane = paths_of_a_lane(PathTable(Path.COPY_ENGINE), takes_batches=False)
+    expected = {Path.COPY_ENGINE: Path.STAGED}
+    assert [lane.usable(path) for path in Path] == [expected.get(path, path) for path in Path]
+    # Where that can't be queued either, they are copied one by one.
+    assert lane.give_up(Path.STAGED, RuntimeError("injected")) is Path.COPY_ENGINE
+    assert lane.usable(Path.COPY_ENGINE) is Path.COPY_ENGINE
 
 
 def test_the_rule_is_asked_for_the_mean_page_and_all_pages():

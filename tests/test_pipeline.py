@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from triton_offload.calibration import CUDA_PATHS, Path, PathTable
 from triton_offload.device.host import HostDevice
-from triton_offload.specs import Direction, TransferStatus
+from triton_offload.specs import CPULoadStoreSpec, Direction, TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions, _forget_frames
 
@@ -662,3 +662,35 @@ def test_an_expedited_load_has_a_lane_of_its_own():
     assert torch.equal(world.tensors[0][12:16], world.tensors[0][:4])
     device.end_hung()
     world.close()
+
+
+def test_a_job_is_refused_while_the_stream_that_it_names_captures():
+    with SimulatedDevice(0) as device:
+        world = PipelineWorld.build(device)
+        other = device.new_stream("other")
+        device.is_capturing = True
+        with pytest.raises(RuntimeError, match="the current stream captures a graph"):
+            world.store(range(2), range(2))
+        with pytest.raises(RuntimeError, match=r"^stream captures a graph"):
+            world.store(range(2), range(2), stream=device.compute_stream)
+        world.finish(world.store(range(2), range(2), stream=other))
+        device.is_capturing = False
+        device.close_stream(other)
+        world.close()
+
+
+def test_a_pipeline_has_memory_for_the_lanes_that_jobs_come_for():
+    with SimulatedDevice(0) as device:
+        made = device.calls["new_stream"]
+        world = PipelineWorld.build(device)
+        assert device.calls["new_stream"] - made == 6
+        stores = Pipeline(world.layout, world.pool, PipelineOptions(buffer_bytes=64), ("store",))
+        assert device.calls["new_stream"] - made == 6 + 2
+        job = stores.submit(
+            1, Direction.STORE, world.pages(range(3), 0), CPULoadStoreSpec(range(3))
+        )
+        stores.wait(job, 60)
+        assert job.result.success
+        stores._check()
+        stores.shutdown(60)
+        world.close()

@@ -88,9 +88,13 @@ class Context:
         call("cuInit", 0)
         self._card = call("cuDeviceGet", index)
         self._handle = call("cuDevicePrimaryCtxRetain", self._card)
+        # Called around every other call: by name they would take twice as long.
+        self._push, self._pop = bindings().cuCtxPushCurrent, bindings().cuCtxPopCurrent
 
     def __enter__(self) -> None:
-        call("cuCtxPushCurrent", self._handle)
+        (error,) = self._push(self._handle)
+        if error != _SUCCESS:
+            raise DriverError("cuCtxPushCurrent", int(error), error.name)
 
     def __exit__(
         self,
@@ -98,7 +102,7 @@ class Context:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        call("cuCtxPopCurrent")
+        self._pop()
 
     @contextmanager
     def beside_captures(self) -> Iterator[None]:
