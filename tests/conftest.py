@@ -9,6 +9,7 @@ import pytest
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_bench_imitation.py",
     "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",
