@@ -98,6 +98,10 @@ way in the driver, at {rate:.1f} GB/s: `n * max(enqueue, page / rate)` up to tha
 driver takes comes on top, and a server's processor takes less. Where a segment crosses in less than
 that, the host is the limit, and small segments make it worse.
 
+Least certain are the knees. They were found over NVLink-C2C, where a round trip takes 0.8 to 1.3
+us. Over PCIe it takes two to three, and more in flight per CTA may well bring more there: then two
+CTAs with 128 KiB, in registers or in a ring, would fill the link both in and out.
+
 What the model does not know: the rules by which a driver chooses between copy engine, kernels and
 its own buffers; host memory on another NUMA node; what the model's own kernels take away; slots
 that are not adjacent; pages that are no power of two (kernels have half as much in flight then).

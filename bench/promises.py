@@ -92,17 +92,24 @@ def _code(results: Results) -> Iterator[Row]:
 
 
 def _transfers(results: Results) -> Iterator[Row]:
-    """By the path that is taken where the user names none, the largest job of each page size."""
-    for record in largest_jobs(results.of("transfer", contender=results.default_contender)):
-        size = record["page_bytes"]
-        wanted = HOST_SHARES.get(size)
-        if results.on_gpu:
-            wanted = LINK_SHARE if size >= 4 * KIB else None
-        if wanted is not None:
-            job = f"{record['direction']}, pages of {size_name(size)}: of one plain copy"
-            ours, plain = predicted(record, results.card), predicted_limit(record, results.card)
-            share = None if ours is None or plain is None else ours / plain
-            yield Row.at_least(job, wanted, record["ratio"], share)
+    """By the path that is taken where the user names none, the largest job of each page size; on a
+    GPU also by staging, whatever the rule takes."""
+    default = results.default_contender
+    for name in (default, "staged") if results.on_gpu else (default,):
+        for record in largest_jobs(results.of("transfer", contender=name)):
+            size = record["page_bytes"]
+            wanted = HOST_SHARES.get(size)
+            if results.on_gpu:
+                wanted = LINK_SHARE if size >= 4 * KIB else None
+            if wanted is not None:
+                by = "" if name == default else ", staged"
+                job = f"{record['direction']}, pages of {size_name(size)}{by}: of one plain copy"
+                yield Row.at_least(job, wanted, record["ratio"], _predicted_share(record, results))
+
+
+def _predicted_share(record: Record, results: Results) -> float | None:
+    ours, plain = predicted(record, results.card), predicted_limit(record, results.card)
+    return None if ours is None or plain is None else ours / plain
 
 
 def _small_jobs(results: Results) -> Iterator[Row]:

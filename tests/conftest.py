@@ -15,6 +15,7 @@ settings.register_profile("deep", max_examples=1000)
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_bench_imitation.py",
     "test_card_kernels.py",
     "test_card_rules.py",
     "test_cuda_device.py",

@@ -413,6 +413,7 @@ def test_what_is_promised_of_transfers_depends_on_what_moves_them() -> None:
     assert promised(*largest("staged", "host device")) == []  # not what a user gets
     on_gpu = largest("auto", "gpu")
     assert promised(*on_gpu) == [("0.64", missed), ("0.94", missed), ("0.96", "met")]
+    assert promised(*largest("staged", "gpu")) == promised(*on_gpu)  # beside it, on a card
 
     both = [
         transfer("auto", speed, 64 * KIB, 4096, kind="both at once", device="gpu")

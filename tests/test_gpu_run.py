@@ -260,10 +260,8 @@ def test_correctness_and_every_benchmark_is_collected_on_a_bare_machine(
 ) -> None:
     benchmarks = dict.fromkeys(file for step in STEPS[1:] for file in step.files)
     for step in (STEPS[0], Step("all", 1, tuple(benchmarks))):
-        options = ["-p", "limits"]
-        if not step.required:
-            options = measuring.benchmark_options(step.name, tmp_path)
-        command = command_of(step.files, step.name, tmp_path, 60, [*options, "--collect-only"])
+        options = [*gpu.options_of(step, tmp_path), "--collect-only"]
+        command = command_of(step.files, step.name, tmp_path, 60, options)
         done = subprocess.run(
             command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=300, check=False
         )
@@ -276,8 +274,8 @@ def test_a_step_runs_and_its_report_is_written_on_a_bare_machine(
 ) -> None:
     """Of the tests of a card all are skipped here, which needs all of their imports."""
     first = STEPS[0]
-    command = command_of(first.files, first.name, tmp_path, 60, ["-p", "limits"])
-    assert measuring.run(command, bare, 280) is Outcome.PASSED
+    assert "--noconftest" in gpu.options_of(first, tmp_path)
+    assert gpu.measure(first, gpu.Allowed(60, 280), tmp_path, bare) is Outcome.PASSED
     noted = json.loads((tmp_path / "correctness.notes.json").read_text())
     assert noted["failed"] == []
     assert sum(noted["skipped"].values()) > 100 or noted["passed"] > 100
