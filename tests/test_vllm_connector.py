@@ -526,6 +526,13 @@ def test_the_page_has_every_metric_and_every_option() -> None:
     assert named >= options._OURS | options._VLLMS | options._SINCE_0_33
 
 
+def test_of_a_worker_that_is_shut_down_counts_remain(world: World) -> None:
+    world.store(make_request("a", 1))
+    world.ranks[0].shutdown()
+    assert world.ranks[0].get_kv_connector_stats() is None
+    assert world.workers[0].transfers.stores.succeeded == 1
+
+
 def test_a_lost_store_is_counted_once(world: World) -> None:
     world.devices[0].faults["gather"] = ALWAYS
     world.store(make_request("a", 2))
