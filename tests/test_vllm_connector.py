@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +31,11 @@ with warnings.catch_warnings():
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
     from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.kv_offload.base import GPULoadStoreSpec, LookupResult
+    from vllm.v1.kv_offload.base import (
+        GPULoadStoreSpec,
+        LookupResult,
+        OffloadingCounterMetadata,
+    )
     from vllm.v1.kv_offload.cpu import spec as cpu_spec
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
     from vllm_parts import CHUNKS, make_config
@@ -37,7 +43,9 @@ with warnings.catch_warnings():
     from triton_offload import vllm as plugin
     from triton_offload.errors import DeviceLostError
     from triton_offload.vllm import connector as plugin_connector
+    from triton_offload.vllm import options
     from triton_offload.vllm import spec as plugin_spec
+    from triton_offload.vllm.metrics import DEFINITIONS
     from triton_offload.vllm.worker_metadata import TritonWorkerMetadata
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -506,6 +514,23 @@ def test_a_step_in_which_nothing_happened_tells_no_metrics(world: World) -> None
     pool.wait_ready(30)
     world.step()
     assert world.step().kv_connector_stats is None
+
+
+def test_the_page_has_every_metric_and_every_option() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "vllm.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    for name, metric in DEFINITIONS.items():
+        counter = isinstance(metric, OffloadingCounterMetadata)
+        assert name.removeprefix("triton_offload_") + "_total" * counter in named
+        assert set(metric.labelnames) <= named
+    assert named >= options._OURS | options._VLLMS | options._SINCE_0_33
+
+
+def test_of_a_worker_that_is_shut_down_counts_remain(world: World) -> None:
+    world.store(make_request("a", 1))
+    world.ranks[0].shutdown()
+    assert world.ranks[0].get_kv_connector_stats() is None
+    assert world.workers[0].transfers.stores.succeeded == 1
 
 
 def test_a_lost_store_is_counted_once(world: World) -> None:

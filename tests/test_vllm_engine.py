@@ -8,8 +8,13 @@ was.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,30 @@ class Scenarios:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @contextmanager
+    def running(self) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+        """An engine in processes of its own that has answered: its client, and the others' ids."""
+        started = self._folder / "started.json"
+        started.unlink(missing_ok=True)
+        command = [sys.executable, _SCRIPT, "until_killed", self._folder / "model", started]
+        log = self._folder / "log"
+        with log.open("wb") as file:
+            client = subprocess.Popen(
+                command, cwd=_SCRIPT.parent.parent, stderr=file, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + 600
+            while not started.exists():
+                assert client.poll() is None, log.read_text()[-8000:]
+                assert time.monotonic() < deadline, "the engine did not answer"
+                time.sleep(0.1)
+            yield client, json.loads(started.read_text())["children"]
+        finally:
+            for process in _session(client.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            client.wait()
+
     def run(
         self, scenario: str, blocks_per_chunk: int = 1, model_name: str = "model"
     ) -> dict[str, Any]:
@@ -36,6 +65,26 @@ class Scenarios:
         assert done.returncode == 0, f"{scenario}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
         seen: dict[str, Any] = json.loads(output.read_text())
         return seen
+
+
+def _session(leader: int) -> dict[int, str]:
+    """The processes that began with the leader, itself among them, that are no zombies."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdigit():
+                before, _, after = (folder / "stat").read_text().rpartition(")")
+                state, _, _, session = after.split()[:4]
+                if int(session) == leader and state != "Z":
+                    found[int(folder.name)] = before.partition("(")[2]
+    return found
+
+
+def _wait_until(what: Callable[[], bool], why: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +182,28 @@ def test_a_hybrid_model_survives_failures_too(scenarios: Scenarios) -> None:
     assert (seen["one load fails"]["loads"], seen["one load fails"]["failed_loads"]) == (3, 1)
     assert (seen["every load fails"]["loads"], seen["every load fails"]["failed_loads"]) == (0, 4)
     assert seen["one store fails"]["failed_stores"] == 1
+
+
+def test_of_a_killed_engine_nothing_remains_and_another_one_starts(scenarios: Scenarios) -> None:
+    def regions() -> set[Path]:
+        return set(Path("/dev/shm").glob("vllm_offload_*"))
+
+    def of_engine(client: subprocess.Popen[bytes]) -> dict[int, str]:
+        return {i: name for i, name in _session(client.pid).items() if "VLLM" in name}
+
+    before = regions()
+    with scenarios.running() as (client, children):
+        assert of_engine(client)
+        for process in children:
+            os.kill(process, signal.SIGKILL)
+        # The ranks notice; vLLM's client does not, and waits.
+        _wait_until(lambda: not of_engine(client), lambda: of_engine(client))
+        client.kill()
+        client.wait()
+        _wait_until(lambda: not _session(client.pid), lambda: _session(client.pid))
+        assert regions() <= before
+    with scenarios.running() as (client, _):
+        client.send_signal(signal.SIGINT)
+        client.wait(120)
+        _wait_until(lambda: not _session(client.pid), lambda: _session(client.pid))
+        assert regions() <= before
