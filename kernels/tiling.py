@@ -79,11 +79,23 @@ class KernelSpec:
         """Bytes that one CTA has in flight."""
         return self.pages * self.words * self.element_bytes
 
+    @property
+    def span(self) -> int:
+        """Elements of a page that its threads move in one access each: a warp's, or fewer where a
+        thread then has fewer pages, and fewer addresses to keep; but never a part of a line."""
+        of_warp = 32 * (self.word_bytes // self.element_bytes)
+        of_page = self.warps * of_warp // self.pages
+        # Two warps of a page share a span: triton 3.6 else keeps an offset for each access, for it
+        # takes the highest bit of a thread's number as a choice between constants.
+        span = of_page if of_page <= 2 * of_warp else of_warp
+        return min(self.words, max(_line_elements(self.word_bytes), span))
+
     def constants(self) -> dict[str, int | bool]:
         return {
             "WORD_BYTES": self.word_bytes,
             "PAGES": self.pages,
             "WORDS": self.words,
+            "SPAN": self.span,
             "EXACT": self.exact,
             "PAGE_AXIS": PAGE_AXIS,
         }
@@ -107,7 +119,7 @@ def cut_into_strips(
         tile = max(1, config.tile_bytes // 8)
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
-        pages = min(pages, _most_pages(word_bytes, width, exact, config.warps))
+        pages = min(pages, _most_pages(word_bytes, width, config.warps))
         strips = [
             (
                 row.view.data_ptr() + start,
@@ -124,13 +136,19 @@ def cut_into_strips(
     return plan
 
 
-def _most_pages(word_bytes: int, width: int, exact: bool, warps: int) -> int:
+def _most_pages(word_bytes: int, width: int, warps: int) -> int:
     """Pages of a tile for which the ids that its threads keep still fit their registers: measured
     as the most without a spill at 64 registers, for triton 3.6 and 3.9, sm_80 to sm_100."""
-    lanes_elements = 32 * (word_bytes // min(word_bytes, 8))
-    pages_of_warp = max(1, lanes_elements // width)
-    pages_of_thread = 8 if exact and word_bytes == 16 and width == 16 else 4
+    item = min(word_bytes, 8)
+    line = min(width, _line_elements(word_bytes))
+    pages_of_warp = 32 * (word_bytes // item) // line
+    pages_of_thread = 4 if width <= (line if item == 8 else 2 * line) else 2
     return warps * pages_of_warp * pages_of_thread
+
+
+def _line_elements(word_bytes: int) -> int:
+    """Elements that make a whole line of 128 bytes, or where words are narrow, a warp's access."""
+    return min(32, 128 // min(word_bytes, 8))
 
 
 def _strip_width(page_elements: list[int], word_bytes: int, tile: int) -> tuple[int, bool]:
@@ -141,9 +159,7 @@ def _strip_width(page_elements: list[int], word_bytes: int, tile: int) -> tuple[
     for elements in page_elements:
         common = min(common, elements & -elements)
     if common * item >= 512 or all(elements == common for elements in page_elements):
-        # Strips of 256 and 512 bytes spill at 128 KiB in flight, of 128 bytes they don't; all are
-        # made of whole 128-byte lines.
-        return (16 if word_bytes == 16 and common in (32, 64) else min(common, tile)), True
+        return min(common, tile), True
     # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
     # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
     width = min(tile // 2, 1 << (max(page_elements) - 1).bit_length())
