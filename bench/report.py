@@ -40,6 +40,7 @@ def build(results: Results, plots: Sequence[Path]) -> str:
         interference(results, drawn),
         host(results, drawn),
         static(results),
+        executed(results),
         managers(results),
         not_measured(results),
     ]
@@ -329,6 +330,41 @@ def _code(record: Record) -> str:
     flight = record["in_flight_bytes"] / 1024
     return (
         f"{record['access_bytes']} / {flight:.0f} / {record['registers']} / {record['stack_bytes']}"
+    )
+
+
+def executed(results: Results) -> str:
+    """Counts of an imitated card, and so called."""
+    rows = []
+    for record in results.of("executed"):
+        widths = ", ".join(f"{n:,} of {width} B" for width, n in record["accesses"].items())
+        rows.append(
+            [
+                record["kernel"],
+                record["direction"],
+                size_name(record["page_bytes"]),
+                str(record["programs"]),
+                widths,
+                f"{record['lines_of_access']:.1f}",
+                f"{record['in_flight_bytes'] / 1024:.1f}",
+                str(record["host_round_trips"]),
+                f"{record['instructions']:.1f}",
+            ]
+        )
+    if not rows:
+        return ""
+    targets = ", ".join(dict.fromkeys(record["target"] for record in results.of("executed")))
+    columns = ["kernel", "direction", "pages", "CTAs", "accesses of threads"]
+    columns += ["lines of a warp's access", "KiB in flight a CTA", "waits for the host"]
+    columns += ["instructions per 16 B"]
+    return "\n".join(
+        [
+            heading("Kernels, executed by an imitated card"),
+            f"One launch that moves 1 MiB, compiled for {targets}: counts of an imitated card that "
+            "runs the PTX, no times. Waits for the host: round trips that a CTA makes one after "
+            "the other.\n",
+            table(columns, rows),
+        ]
     )
 
 

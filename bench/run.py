@@ -40,6 +40,7 @@ SUITES = (
     Suite("submission", (60, 50)),
     Suite("small_jobs", (60, 5)),
     Suite("static", (60, 45)),
+    Suite("executed", (90, 20)),
     Suite("manager", (90, 15)),
 )
 

@@ -9,6 +9,8 @@ import pytest
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_card_kernels.py",
+    "test_card_rules.py",
     "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",
