@@ -325,7 +325,7 @@ def launch_gather(
             memory. The caller leaves them as they are until the launch has run.
         first_block: Position of the first block in its chunk, in ``[0, B)``.
     """
-    _launch(_gather_kernel, table, block_ids, slots, slot_ids, first_block, config)
+    _launch("gather", table, block_ids, slots, slot_ids, first_block, config)
 
 
 def launch_scatter(
@@ -337,7 +337,7 @@ def launch_scatter(
     config: KernelConfig,
 ) -> None:
     """Queue ``scatter_pages`` for ids that were checked before; see ``launch_gather``."""
-    _launch(_scatter_kernel, table, block_ids, slots, slot_ids, first_block, config)
+    _launch("scatter", table, block_ids, slots, slot_ids, first_block, config)
 
 
 def prepare(
@@ -358,9 +358,19 @@ def prepare(
     both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
     for each in both if config is None else [config]:
         for spec, _ in _plan(table, slots_alignment, each):
-            for kernel in (_gather_kernel, _scatter_kernel):
+            for kernel in (kernel_of("gather", spec), kernel_of("scatter", spec)):
                 if not compiling.is_interpreted(kernel):
                     compiling.load_kernel(kernel, spec, table.device)
+
+
+def kernel_of(direction: Direction, spec: KernelSpec) -> Any:
+    """The kernel that moves tiles of ``spec``."""
+    if spec.stages > 1:
+        # Gluon is loaded where it is asked for: not every Triton has it.
+        from .ring import KERNELS
+
+        return KERNELS[direction]
+    return _gather_kernel if direction == "gather" else _scatter_kernel
 
 
 def _transfer(
@@ -387,12 +397,11 @@ def _transfer(
         )
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
-    kernel = _gather_kernel if direction == "gather" else _scatter_kernel
-    _launch(kernel, table, blocks, slots, chunk_slots, run.first_block, config)
+    _launch(direction, table, blocks, slots, chunk_slots, run.first_block, config)
 
 
 def _launch(
-    kernel: Any,
+    direction: Direction,
     table: PageTable,
     block_ids: torch.Tensor,
     slots: torch.Tensor,
@@ -430,14 +439,14 @@ def _launch(
             tiles_per_program,
         )
         programs = -(-num_tiles // tiles_per_program)
-        compiling.launch(kernel, spec, table.device, programs, arguments)
+        compiling.launch(kernel_of(direction, spec), spec, table.device, programs, arguments)
 
 
 def _plan(
     table: PageTable, slots_alignment: int, config: KernelConfig
 ) -> list[tuple[KernelSpec, torch.Tensor]]:
     """Kernels of a transfer and their strips on the device; made once, kept with the table."""
-    key = slots_alignment, config.warps, config.tile_bytes
+    key = slots_alignment, config.warps, config.tile_bytes, config.stages
     plan = table.launch_plans.get(key)
     if plan is None:
         with torch.inference_mode(False):  # other threads will use it, outside of it

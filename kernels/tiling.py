@@ -28,13 +28,23 @@ class KernelConfig:
     of less than 128 bytes, whose ids take up the registers."""
     programs: int
     """CTAs of a launch: how many SMs it may keep busy."""
+    stages: int = 1
+    """Tiles that a CTA has in flight: one, in registers, or more, in a ring in shared memory, which
+    holds them all. A ring is for NVIDIA; words narrower than 16 bytes have none, and what registers
+    hold for a tile. A power of two."""
 
     def __post_init__(self) -> None:
-        for name, least in (("warps", 1), ("tile_bytes", 1024)):
+        for name, least in (("warps", 1), ("tile_bytes", 1024), ("stages", 1)):
             value = as_integer(name, getattr(self, name), least)
             if value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two, got {value}")
         as_integer("programs", self.programs, 1)
+
+
+def ring_config(programs: int) -> KernelConfig:
+    """128 KiB in flight a CTA as in ``choose_config``, in shared memory: an eighth of the threads
+    and registers, and most of the shared memory of an SM (of 163 KiB on sm_80, 227 on sm_90)."""
+    return KernelConfig(warps=4, tile_bytes=8 * 1024, programs=programs, stages=16)
 
 
 def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
@@ -68,6 +78,8 @@ class KernelSpec:
     exact: bool
     """Every strip of a page has exactly ``words`` elements: no mask over them."""
     warps: int
+    stages: int = 1
+    """Tiles in flight: one in registers, or a ring of them in shared memory."""
 
     @property
     def element_bytes(self) -> int:
@@ -76,7 +88,7 @@ class KernelSpec:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes that one CTA has in flight."""
+        """Bytes of a tile; as many as one CTA has in flight, but for a ring."""
         return self.pages * self.words * self.element_bytes
 
     @property
@@ -91,6 +103,15 @@ class KernelSpec:
         return min(self.words, max(_line_elements(self.word_bytes), span))
 
     def constants(self) -> dict[str, int | bool]:
+        """Of the kernel that moves such tiles, in the order of its parameters."""
+        if self.stages > 1:
+            return {
+                "PAGES": self.pages,
+                "WORDS": self.words,
+                "EXACT": self.exact,
+                "WARPS": self.warps,
+                "STAGES": self.stages,
+            }
         return {
             "WORD_BYTES": self.word_bytes,
             "PAGES": self.pages,
@@ -115,8 +136,10 @@ def cut_into_strips(
     for word_bytes in sorted(set(words), reverse=True):
         rows = [row for row, word in zip(table.pages, words, strict=True) if word == word_bytes]
         item = min(word_bytes, 8)
+        stages = config.stages if word_bytes == 16 else 1
+        tile_bytes = config.tile_bytes if stages == config.stages else config.warps * 4096
         # As many elements a thread for narrow words as for wide ones: registers are the limit.
-        tile = max(1, config.tile_bytes // 8)
+        tile = max(1, tile_bytes // 8)
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
         pages = min(pages, _most_pages(word_bytes, width, config.warps))
@@ -131,7 +154,7 @@ def cut_into_strips(
             for row in rows
             for start in range(0, row.page_bytes, width * item)
         ]
-        spec = KernelSpec(word_bytes, pages, width, exact, config.warps)
+        spec = KernelSpec(word_bytes, pages, width, exact, config.warps, stages)
         plan.append((spec, np.array(strips, dtype=np.int64)))
     return plan
 

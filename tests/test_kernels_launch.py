@@ -144,13 +144,14 @@ def test_a_plan_is_kept_by_what_it_depends_on(launches: Launches) -> None:
         KernelConfig(warps=4, tile_bytes=2048, programs=6),
         KernelConfig(warps=8, tile_bytes=4096, programs=6),
         KernelConfig(warps=4, tile_bytes=4096, programs=1),
+        KernelConfig(warps=4, tile_bytes=4096, programs=6, stages=4),
     ):
         pages.gather_pages(table, [1, 2], slots, config=config)
         (call,) = launches
         assert (call.spec,) == tuple(kernel_specs(table, 16, config))
         assert call.programs <= config.programs
         launches.clear()
-    assert len(table.launch_plans) == 3  # programs share one
+    assert len(table.launch_plans) == 4  # programs share one
 
 
 def test_tables_of_one_cache_have_plans_of_their_own(launches: Launches) -> None:
@@ -166,7 +167,7 @@ def test_a_plan_made_in_inference_mode_serves_outside_of_it(launches: Launches) 
     table = table_of(64)
     with torch.inference_mode():
         pages.gather_pages(table, [1], slots_of(table), config=CONFIG)
-    ((_, strips),) = table.launch_plans[16, 4, 4096]
+    ((_, strips),) = table.launch_plans[16, 4, 4096, 1]
     assert not strips.is_inference()
 
 
