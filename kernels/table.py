@@ -109,7 +109,7 @@ class PageTable:
         self.bytes_per_block = sum(row.page_bytes for row in pages)
         self.byte_ranges = _merged_ranges(pages, blocks_per_chunk)
         # What the launchers keep on the device for this table, by how a launch is cut up.
-        self.launch_plans: dict[tuple[int, int, int], Any] = {}
+        self.launch_plans: dict[tuple[int, int, int, int], Any] = {}
 
     def _derived(self, pages: tuple[PageRow, ...], slot_bytes: int) -> PageTable:
         table = PageTable.__new__(PageTable)
