@@ -70,3 +70,7 @@ def quick_collections():
     """What modules and earlier tests left for good is not looked through at every `gc.collect`."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # what goes with the process goes in order
