@@ -72,10 +72,12 @@ def empty_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def quick_collections():
-    """What was imported is not looked through at every `gc.collect`: modules never go."""
+    """What modules and earlier tests left for good is not looked through at every `gc.collect`."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # what goes with the process goes in order

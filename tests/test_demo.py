@@ -155,7 +155,7 @@ def test_what_is_kept_quiet_goes_to_the_log_and_the_rest_where_it_went_before(
     print("after", flush=True)
     assert sorted(log.read_text().splitlines()) == ["an error", "from C++", "from Python"]
     assert capfd.readouterr().out == "after\n"
-    assert set(os.listdir("/proc/self/fd")) == open_before
+    assert set(os.listdir("/proc/self/fd")) <= open_before  # others may be collected meanwhile
 
 
 def test_a_difference_names_the_first_token_that_differs():

@@ -235,9 +235,9 @@ def run(machine: type[OffloaderMachine], evidence: int) -> None:
 
 
 def test_whatever_several_clients_call_every_byte_is_right():
-    run(OffloaderMachine, 100)
+    run(OffloaderMachine, settings.default.max_examples // 2)
 
 
 def test_a_transfer_that_fails_costs_its_own_job_and_nothing_else():
-    run(FaultyMachine, 60)
+    run(FaultyMachine, settings.default.max_examples // 3)
     assert FaultyMachine.failures > 3
