@@ -377,6 +377,7 @@ def test_a_kernel_that_traps_or_never_ends() -> None:
         (lambda t: t.replace("ret;", "cp.async.cg.shared.global [%r1], [%d0], 8;"), "16 bytes"),
         (lambda t: t.replace("ret;", "mov.b64 %d1, {%r1, %r1, %r1};"), "wrong number of parts"),
         (lambda t: t.replace("ret;", "add.s32 %r1, %r1, %r1"), "expected ;"),
+        (lambda t: t.replace("ret;", "selp.b32 %r1, 1, 0, !%p1;"), "no negated operand"),
         (lambda t: t.replace("%r<20>", "%r<99999>"), "more than 65536 registers"),
         (lambda t: ".shared .b8 a[200000];\n.shared .b8 b[99999];\n" + t, "more than 232448 bytes"),
         (lambda t: ".shared .align 3 .b8 a[8];\n" + t, "alignment that no CTA has"),
