@@ -462,7 +462,7 @@ def test_warps_exchange_through_shared_memory() -> None:
         ("idx", 3, 31 | 24 << 8, lambda lane: (lane // 8 * 8 + 3, 1)),
         ("up", 5, 0, lambda lane: (lane - 5, 1) if lane >= 5 else (lane, 0)),
         ("down", 5, 31, lambda lane: (lane + 5, 1) if lane + 5 <= 31 else (lane, 0)),
-        ("down", 5, 15 | 16 << 8, lambda lane: (lane + 5, 1) if lane % 16 <= 10 else (lane, 0)),
+        ("down", 5, 31 | 16 << 8, lambda lane: (lane + 5, 1) if lane % 16 <= 10 else (lane, 0)),
         ("bfly", 9, 31, lambda lane: (lane ^ 9, 1)),
     ],
 )

@@ -139,6 +139,11 @@ def test_a_register_that_was_not_written() -> None:
     @%p1 mov.b32 %r5, 1;
     add.s32 %r6, %r5, 1;"""
     check(error_of(body), FAILED, "register %r5 is read before it was written", "thread (9, 0, 0)")
+    body = """
+    setp.eq.s32 %p1, %r10, 0;
+    @%p1 mov.b32 %r5, 1;
+    add.s32 %r6, %r5, 1;"""
+    check(error_of(body, grid=2), FAILED, "register %r5 is read", "CTA (1, 0, 0), thread (0, 0, 0)")
     guard = error_of("    @%p7 mov.b32 %r5, 1;")
     check(guard, FAILED, "register %p7 is read before it was written")
 
@@ -372,6 +377,11 @@ def test_a_kernel_that_traps_or_never_ends() -> None:
         (lambda t: t.replace("ret;", "cp.async.cg.shared.global [%r1], [%d0], 8;"), "16 bytes"),
         (lambda t: t.replace("ret;", "mov.b64 %d1, {%r1, %r1, %r1};"), "wrong number of parts"),
         (lambda t: t.replace("ret;", "add.s32 %r1, %r1, %r1"), "expected ;"),
+        (lambda t: t.replace("ret;", "selp.b32 %r1, 1, 0, !%p1;"), "no negated operand"),
+        (lambda t: t.replace("%r<20>", "%r<99999>"), "more than 65536 registers"),
+        (lambda t: ".shared .b8 a[200000];\n.shared .b8 b[99999];\n" + t, "more than 232448 bytes"),
+        (lambda t: ".shared .align 3 .b8 a[8];\n" + t, "alignment that no CTA has"),
+        (lambda t: ".shared .b8 a[99999999999];\n" + t, "a size or alignment"),
         (lambda t: t.replace("}\n", ""), "the body of kernel does not end"),
         (lambda t: ".func other;\n" + t, ".func is not known"),
     ],

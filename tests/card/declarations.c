@@ -28,7 +28,10 @@ static void read_registers(parser *state) {
         token name = expect_kind(state, TOKEN_WORD, "a register");
         uint32_t count = 0;
         if (tokens_accept(&state->reader, "<")) {
-            count = (uint32_t)expect_kind(state, TOKEN_NUMBER, "a number").number;
+            uint64_t wanted = expect_kind(state, TOKEN_NUMBER, "a number").number;
+            if (wanted > MOST_REGISTERS - function->num_registers)
+                parser_fail(state, name.line, "more than %d registers", MOST_REGISTERS);
+            count = (uint32_t)wanted;
             expect(state, ">");
         }
         state->ranges = grown(state, state->ranges, state->num_ranges, sizeof *state->ranges);
@@ -51,31 +54,43 @@ static void read_registers(parser *state) {
     expect(state, ";");
 }
 
+/* Finds the last variable a place; one without a size has that of the launch. */
+static void place_shared(parser *state, uint64_t align, uint64_t element) {
+    uint32_t line = state->reader.ahead.line;
+    uint64_t count = 1;
+    if (tokens_accept(&state->reader, "[")) {
+        token size = state->reader.ahead;
+        count = size.kind == TOKEN_NUMBER ? expect_number(state) : 0;
+        expect(state, "]");
+    }
+    if (count == 0)
+        return;
+    align = align < element ? element : align;
+    if (align == 0 || align & (align - 1) || align > MOST_SHARED_BYTES || element == 0 ||
+        count > MOST_SHARED_BYTES / element)
+        parser_fail(state, line, "a shared variable of a size or alignment that no CTA has");
+    uint64_t place = (state->shared_bytes + align - 1) / align * align;
+    if (place + count * element > MOST_SHARED_BYTES)
+        parser_fail(state, line, "more than %d bytes of shared memory", MOST_SHARED_BYTES);
+    state->variables[state->num_variables - 1].place = (int64_t)place;
+    state->shared_bytes = (uint32_t)(place + count * element);
+}
+
 /* What follows `.shared`: .align 16 .b8 name[4096]; without a size: what the launch adds. */
 static void read_shared(parser *state) {
-    uint32_t align = 1, element = 1;
+    uint64_t align = 1, element = 1;
     for (;;) {
         token word = expect_kind(state, TOKEN_WORD, "a variable");
         if (token_is(word, ".align")) {
-            align = (uint32_t)expect_kind(state, TOKEN_NUMBER, "a number").number;
+            align = expect_kind(state, TOKEN_NUMBER, "a number").number;
         } else if (word.text[0] == '.') {
-            element = (uint32_t)strtoul(word.text + 2, NULL, 10) / 8;
+            element = strtoul(word.text + 2, NULL, 10) / 8;
         } else {
             shared_variable made = {copied(state, word.text, word.bytes), DYNAMIC};
-            uint32_t bytes = element;
-            if (tokens_accept(&state->reader, "[")) {
-                token size = state->reader.ahead;
-                bytes = size.kind == TOKEN_NUMBER ? element * (uint32_t)expect_number(state) : 0;
-                expect(state, "]");
-            }
-            if (bytes) {
-                align = align < element ? element : align;
-                made.place = (state->shared_bytes + align - 1) / align * align;
-                state->shared_bytes = (uint32_t)made.place + bytes;
-            }
             state->variables =
                 grown(state, state->variables, state->num_variables, sizeof made);
             state->variables[state->num_variables++] = made;
+            place_shared(state, align, element);
             break;
         }
     }

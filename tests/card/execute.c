@@ -10,8 +10,6 @@
 /* A kernel that takes more than this many instructions of a warp does not end. */
 static const uint64_t MOST_INSTRUCTIONS = 1ull << 24;
 enum { MOST_THREADS = 1024, MOST_BARRIERS = 16 };
-/* Of sm_90 and sm_100; sm_80 has 163 KiB. */
-static const uint32_t MOST_SHARED_BYTES = 227 * 1024;
 
 void machine_fail(machine *m, int error, int lane, const char *format, ...) {
     char reason[384], who[64];

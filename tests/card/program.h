@@ -7,6 +7,10 @@
 #include "ptx.h"
 
 enum { MOST_RESULTS = 4, MOST_SOURCES = 6 };
+enum {
+    MOST_SHARED_BYTES = 227 * 1024, /* of a CTA on sm_90 and sm_100; sm_80 has 163 KiB */
+    MOST_REGISTERS = 1 << 16,       /* of a function: of PTX, which has not dealt them out yet */
+};
 
 typedef enum {
     OPERAND_REGISTER,
