@@ -185,6 +185,19 @@ def test_a_capture_runs_nothing_and_forbids_other_threads_to_ask(elsewhere):
         capture_while_another_asks()
 
 
+def test_what_lay_on_a_card_before_ends_without_a_trace_on_the_next():
+    old = [torch.ones(64, dtype=torch.uint8, device=CARD), torch.ones(64, pin_memory=True)]
+    addresses = {each.data_ptr() for each in old}
+    imitation_cuda.use(CONFIGURATIONS["13.0"])
+    new = [torch.ones(64, dtype=torch.uint8, device=CARD), torch.ones(64, pin_memory=True)]
+    assert addresses.isdisjoint(each.data_ptr() for each in new)
+    old.clear()
+    torch.cuda.synchronize()
+    assert (new[0] == 1).all()
+    assert (new[1] == 1).all()
+    assert card.complaints() == []
+
+
 @triton.jit
 def _add(left, right, total, count, SIZE: tl.constexpr):  # noqa: N803
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
