@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import imitation_cuda
 import pytest
 import torch
+import triton
+import triton.language as tl
 from card.card import CONFIGURATIONS
 
 CARD = imitation_cuda.CARD
@@ -181,6 +183,52 @@ def test_a_capture_runs_nothing_and_forbids_other_threads_to_ask(elsewhere):
 
     with pytest.raises(RuntimeError, match="previous error during capture"):
         capture_while_another_asks()
+
+
+def test_what_lay_on_a_card_before_ends_without_a_trace_on_the_next():
+    old = [torch.ones(64, dtype=torch.uint8, device=CARD), torch.ones(64, pin_memory=True)]
+    addresses = {each.data_ptr() for each in old}
+    imitation_cuda.use(CONFIGURATIONS["13.0"])
+    new = [torch.ones(64, dtype=torch.uint8, device=CARD), torch.ones(64, pin_memory=True)]
+    assert addresses.isdisjoint(each.data_ptr() for each in new)
+    old.clear()
+    torch.cuda.synchronize()
+    assert (new[0] == 1).all()
+    assert (new[1] == 1).all()
+    assert card.complaints() == []
+
+
+@triton.jit
+def _add(left, right, total, count, SIZE: tl.constexpr):  # noqa: N803
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    live = place < count
+    values = tl.load(left + place, mask=live) + tl.load(right + place, mask=live)
+    tl.store(total + place, values, mask=live)
+
+
+def add(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
+    grid = (triton.cdiv(total.numel(), 256),)
+    # Named since triton 3.9 warns where it is not; there are no floats.
+    _add[grid](left, right, total, total.numel(), SIZE=256, enable_fp_fusion=False)
+
+
+def test_a_kernel_of_anybody_s_takes_tensors_that_the_device_reaches():
+    """By Triton's own way of launching, which asks the driver of each pointer."""
+    values = torch.arange(1000, dtype=torch.int32)
+    plain = torch.zeros_like(values)
+    left, pinned = values.to(CARD), plain.pin_memory()
+    right, total = left * 3, torch.zeros_like(left)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        add(left, right, total)
+        add(left, right, pinned)
+        with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+            add(left, right, plain)
+    assert (pinned == 0).all()
+    stream.synchronize()
+    assert torch.equal(pinned, values * 4)
+    assert torch.equal(total.cpu(), values * 4)
 
 
 def test_memory_of_others_becomes_a_tensor_that_keeps_it():

@@ -32,21 +32,29 @@ static allocation **link_of(uint64_t host) {
     return link;
 }
 
-/* Memory that is the driver's own goes back; registered memory is its owner's. */
-static void forget(allocation **link) {
+/* The driver does not know it any more. */
+static void take_out(allocation **link) {
     allocation *gone = *link;
     *link = gone->next;
     memory_remove(gone->host);
     if (gone->kind == MEMORY_DEVICE)
         device_bytes_taken[gone->ordinal] -= gone->bytes;
-    if (gone->kind != MEMORY_REGISTERED)
-        free((void *)(uintptr_t)gone->host);
     free(gone);
 }
 
+/* Memory that is the driver's own goes back; registered memory is its owner's. */
+static void forget(allocation **link) {
+    uint64_t host = (*link)->host;
+    bool own = (*link)->kind != MEMORY_REGISTERED;
+    take_out(link);
+    if (own)
+        free((void *)(uintptr_t)host);
+}
+
+/* Gives nothing back: who still holds what lay on the card before must not meet another's bytes. */
 void allocations_reset(void) {
     while (allocations)
-        forget(&allocations);
+        take_out(&allocations);
 }
 
 bool reaches_known_memory(uint64_t host, uint64_t bytes) {
