@@ -15,7 +15,7 @@ from cuda.bindings import driver as bindings
 
 from triton_offload.calibration import LaunchShape, default_calibration
 from triton_offload.device import driver
-from triton_offload.device.cuda import CUDADevice, launch_config
+from triton_offload.device.cuda import CUDADevice, _rows, launch_config
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
@@ -154,8 +154,11 @@ def test_rows_that_lie_apart_are_one_copy_of_their_bytes_and_no_other(sides, car
 def test_a_single_row_may_have_any_stride(card, device, stream):
     host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
     row = torch.as_strided(host, (1, 4), (1 << 40, 1))
-    device.copy(row[:, :3], torch.as_strided(memory, (1, 3), (1 << 41, 1), 7), stream)
+    source = torch.as_strided(memory, (1, 3), (1 << 41, 1), 7)
+    device.copy(row[:, :3], source, stream)
     finish(device, stream)
+    copy = _rows(row[:, :3], source)
+    assert (copy.dstPitch, copy.srcPitch) == (3, 3)  # a card's longest is 2 GiB
     assert host[:3].tolist() == [7, 8, 9]
     assert card.complaints() == []
 

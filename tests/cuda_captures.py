@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cards import Transfers, left, named, use
+from cuda.bindings import driver
 
 from triton_offload.calibration import Path
 from triton_offload.device.cuda import CUDADevice
@@ -119,22 +120,29 @@ def test_a_job_follows_the_stream_that_it_names_not_the_current_one():
         offloader.load([b"a"], [2]).wait(60)
 
 
-def test_the_legacy_stream_is_in_a_capture_of_another():
+def test_the_legacy_stream_is_in_a_capture_of_one_that_waits_for_it():
     use("12.8")
     device = CUDADevice(CARD)
-    legacy, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    legacy = torch.cuda.current_stream()
+    blocking = torch.cuda.ExternalStream(int(driver.cuStreamCreate(0)[1]), CARD)
     assert not device.capturing(None)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=other):
-        assert device.capturing(None)
-        assert device.capturing(other)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=blocking):
+        assert device.capturing(legacy)
+        assert device.capturing(blocking)
         assert not device.capturing(torch.cuda.Stream())
     assert not device.capturing(legacy)
 
 
+def test_a_question_about_captures_that_fails_is_not_answered():
+    card = use("12.8")
+    device = CUDADevice(CARD)
+    card.inject("cuStreamIsCapturing", 700)
+    with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS"):
+        device.capturing(None)
+
+
 def test_a_thread_that_captures_finds_its_mode_as_it_was():
     use("12.8")
-    from cuda.bindings import driver
-
     modes = driver.CUstreamCaptureMode
     device = CUDADevice(CARD)
     event = device.new_event()

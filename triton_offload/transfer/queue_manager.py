@@ -298,8 +298,7 @@ def transfer_queue(
     if not pool.device.batches_copies:
         _log.warning(
             "%s takes no batches of copies: the path copy_engine is not to be had, and chunks of "
-            "many small runs are copied one by one; `triton-offload doctor` says what it needs "
-            "(on CUDA: pip install triton-offload[cuda])",
+            "many small runs are copied one by one; `triton-offload doctor` says why",
             pool.device.name,
         )
     manager = OffloadingQueueManager()
