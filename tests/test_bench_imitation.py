@@ -69,7 +69,7 @@ def test_what_is_promised_is_in_the_first_part_alone(out: Path) -> None:
     rest = [record for record in records if record.suite == "rest" and record["kind"] == "transfer"]
     assert rest
     assert not any(
-        record["contender"] in ("auto", "staged") and record["bytes"] == 256 << 10
+        record["contender"] in ("auto", "staged") and record["bytes"] == 128 << 10
         for record in rest
         if record["page_bytes"] >= 4096
     )
