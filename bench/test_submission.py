@@ -88,9 +88,10 @@ def block_and_slot_ids(count: int) -> tuple[Ids, Ids]:
 
 
 def caches(num_tensors: int, device: torch.device = DEVICE) -> list[torch.Tensor]:
-    """Never touched on the CPU: they may be larger than its memory."""
+    """Never touched on the CPU: they may be larger than its memory. On a card they are read."""
     shape = NUM_BLOCKS, PAGE_BYTES
-    return [torch.empty(shape, dtype=torch.int8, device=device) for _ in range(num_tensors)]
+    make = torch.zeros if device.type == "cuda" else torch.empty
+    return [make(shape, dtype=torch.int8, device=device) for _ in range(num_tensors)]
 
 
 @pytest.mark.parametrize("blocks", SIZES.planned)
