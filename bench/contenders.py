@@ -190,13 +190,13 @@ class _PageByPage(OnStreams):
 
 
 class CopyPerPage(_PageByPage):
-    """One `cudaMemcpyAsync` (on the CPU: `memmove`) for every page, issued from Python."""
+    """One `cuMemcpyAsync` (on the CPU: `memmove`) for every page, issued from Python."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._lists = {d: tuple(map(np.ndarray.tolist, pair)) for d, pair in self._sides.items()}
         self._copy = ctypes.memmove if not HAS_GPU else None
-        self._runtime = _bindings("runtime") if HAS_GPU else None
+        self._driver = _bindings("driver") if HAS_GPU else None
 
     def queue(self, direction: Direction) -> None:
         targets, sources = self._lists[direction]
@@ -205,13 +205,13 @@ class CopyPerPage(_PageByPage):
             for target, source in zip(targets, sources, strict=True):
                 self._copy(target, source, size)
             return
-        runtime: Any = self._runtime
-        copy, kind = runtime.cudaMemcpyAsync, runtime.cudaMemcpyKind.cudaMemcpyDefault
+        driver: Any = self._driver
+        copy = driver.cuMemcpyAsync
         stream = torch.cuda.current_stream().cuda_stream
         for target, source in zip(targets, sources, strict=True):
-            (error,) = copy(target, source, size, kind, stream)
+            (error,) = copy(target, source, size, stream)
             if int(error) != 0:
-                raise RuntimeError(f"cudaMemcpyAsync: {error}")
+                raise RuntimeError(f"cuMemcpyAsync: {error}")
 
 
 class BatchedCopy(_PageByPage):

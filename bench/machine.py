@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from cards import BANDWIDTH
+from hardware import BANDWIDTH
 
 _DISTRIBUTIONS = (
     "torch",

@@ -1,6 +1,6 @@
 """A model of how long transfers take: what limits each path, as formulas of published figures.
 
-Pure functions from a card (`cards.py`) to seconds. Nothing here was measured on a card by this
+Pure functions from a card (`hardware.py`) to seconds. Nothing here was measured on a card by this
 project: whatever comes out is a prediction. `published.py` holds it against figures of others,
 `performance.py` writes docs/performance.md of it. Bytes, seconds, bytes per second.
 """
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cards import Card
+from hardware import Card
 from units import KIB, MIB
 
 from triton_offload.calibration import Path

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-from cards import PREDICTED, Card
+from hardware import PREDICTED, Card
 from model import (
     NO_HOST,
     RING_KERNEL,
@@ -58,9 +58,10 @@ INTRODUCTION = """\
 
 **Every figure of this project on this page is a prediction.** None was measured on a card. They
 come out of formulas (`bench/model.py`) and of what others published of cards, links and drivers
-(`bench/cards.py`), and are held against further figures of others (`bench/published.py`). This page
-is written by `make performance`; a test sees to it that it says what the program says. `make gpu`
-measures on a card, and shows beside each figure what was predicted and how far off that was.
+(`bench/hardware.py`), and are held against further figures of others (`bench/published.py`). This
+page is written by `make performance`; a test sees to it that it says what the program says.
+`make gpu` measures on a card, and shows beside each figure what was predicted and how far off that
+was.
 
 GB are 1e9 bytes. A store goes from device to host, a load from host to device.
 """

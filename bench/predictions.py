@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cards import Card
+from hardware import Card
 from model import (
     STAGED_KERNEL,
     ZERO_COPY_KERNEL,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cards import B200, GB300, GH200, H100_SXM, PCIE_5
+from hardware import B200, GB300, GH200, H100_SXM, PCIE_5
 from model import Kernel, batch_seconds, cta_rate, link_rate, plain_copy_seconds, zero_copy_seconds
 from units import GB, GIB, KIB
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from cards import Card
+from hardware import Card
 from predictions import beside, predicted, predicted_limit
 from promises import promises
 from report_gpu import gpu_sections

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from arbitration import WindowTrial, infer_arbitration, windows_that_suffice
-from cards import Card
+from hardware import Card
 from predictions import beside, predicted, predicted_wait
 from results import Record, Results, size_name, time_name
 from tables import heading, image, table

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cards import Card, card_of
+from hardware import Card, card_of
 
 from triton_offload.sizes import format_bytes
 

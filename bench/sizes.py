@@ -26,14 +26,14 @@ class Sizes:
     Interference: a job of `beside_bytes`, as often as it takes to outlast `outlast` repetitions of
     the model. `product`: the width of a matrix product and how many make a repetition; `weights`:
     that of a decoding step; `kernels`: of a chain of small kernels. `burst_bytes`: of the load
-    that a small copy is measured in. `repeats`: of a scatter behind compute; `busy_products`: of
-    that width and so many.
+    that a small copy is measured in. `repeats`: of a scatter of `scatter_bytes` behind compute;
+    `busy_products`: of that width and so many.
 
     Kernels alone: `ctas` to try, on `swept_bytes`, each for `kernel_budget`. `flush_bytes`: larger
     than any GPU's L2 (an H100 has 50 MB, a B200 126 MB).
 
     Submission: caches of `num_blocks`, jobs of `planned` and of `submitted` blocks in caches of
-    `tensors`, so many rounds; host pools of `pools` bytes.
+    `tensors`, so many rounds, so many launches; host pools of `pools` bytes.
     """
 
     page_bytes: tuple[int, ...]
@@ -51,6 +51,7 @@ class Sizes:
     kernels: int
     burst_bytes: int
     repeats: int
+    scatter_bytes: int
     busy_products: tuple[int, int]
 
     ctas: tuple[int, ...]
@@ -65,6 +66,7 @@ class Sizes:
     tensors: tuple[int, ...]
     plan_rounds: int
     submit_rounds: int
+    launches: int
     pools: tuple[int, ...]
 
 
@@ -83,6 +85,7 @@ GPU = Sizes(
     kernels=300,
     burst_bytes=4 * GIB,
     repeats=12,
+    scatter_bytes=8 * MIB,
     busy_products=(8192, 100),
     ctas=(1, 2, 4, 8, 16, 32, 64, 132),
     swept_page_bytes=(512, 4 * KIB, 64 * KIB),
@@ -95,6 +98,7 @@ GPU = Sizes(
     tensors=(32, 80),
     plan_rounds=60,
     submit_rounds=15,
+    launches=100,
     pools=(64 * MIB, 256 * MIB, 1 * GIB, 8 * GIB),
 )
 HOST = Sizes(
@@ -112,6 +116,7 @@ HOST = Sizes(
     kernels=300,
     burst_bytes=4 * GIB,
     repeats=12,
+    scatter_bytes=8 * MIB,
     busy_products=(8192, 100),
     ctas=GPU.ctas,
     swept_page_bytes=GPU.swept_page_bytes,
@@ -124,15 +129,16 @@ HOST = Sizes(
     tensors=(32, 80),
     plan_rounds=60,
     submit_rounds=15,
+    launches=100,
     pools=(64 * MIB, 256 * MIB, 1 * GIB),
 )
 #: so that every line of a benchmark runs in a test, and no figure means anything
 TINY = Sizes(
     page_bytes=(512, 4 * KIB),
-    pages=(16, 64),
-    job_bytes=256 * KIB,
+    pages=(16, 32),
+    job_bytes=128 * KIB,
     layout_page_bytes=(4 * KIB,),
-    layout_bytes=512 * KIB,
+    layout_bytes=128 * KIB,
     budget=0.0,
     cold_bytes=4 * KIB,
     beside_bytes=512 * KIB,
@@ -142,10 +148,11 @@ TINY = Sizes(
     kernels=1,
     burst_bytes=1 * MIB,
     repeats=1,
+    scatter_bytes=512 * KIB,
     busy_products=(8, 1),
     ctas=(1, 2),
     swept_page_bytes=(512,),
-    swept_bytes=64 * KIB,
+    swept_bytes=16 * KIB,
     kernel_budget=0.0,
     flush_bytes=4 * KIB,
     num_blocks=64,
@@ -154,6 +161,7 @@ TINY = Sizes(
     tensors=(2,),
     plan_rounds=1,
     submit_rounds=1,
+    launches=2,
     pools=(1 * MIB,),
 )
 SIZES = GPU if HAS_GPU else HOST

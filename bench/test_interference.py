@@ -200,7 +200,7 @@ def test_scatter_behind_compute(benchmark: Any, stage: Stage, priority: int) -> 
     """From queueing a scatter of 8 MiB on an idle stream to its end, while the compute stream has
     a hundred large products queued."""
     stage.clear()
-    world = World.build(PAGE_BYTES, 8 * MIB // PAGE_BYTES)
+    world = World.build(PAGE_BYTES, SIZES.scatter_bytes // PAGE_BYTES)
     table = world.layout.groups[0].table
     shape = len(world.slot_ids), world.layout.slot_bytes
     slots = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)

@@ -88,9 +88,10 @@ def block_and_slot_ids(count: int) -> tuple[Ids, Ids]:
 
 
 def caches(num_tensors: int, device: torch.device = DEVICE) -> list[torch.Tensor]:
-    """Never touched on the CPU: they may be larger than its memory."""
+    """Never touched on the CPU: they may be larger than its memory. On a card they are read."""
     shape = NUM_BLOCKS, PAGE_BYTES
-    return [torch.empty(shape, dtype=torch.int8, device=device) for _ in range(num_tensors)]
+    make = torch.zeros if device.type == "cuda" else torch.empty
+    return [make(shape, dtype=torch.int8, device=device) for _ in range(num_tensors)]
 
 
 @pytest.mark.parametrize("blocks", SIZES.planned)
@@ -234,7 +235,7 @@ def test_polling(benchmark: Any, jobs: int) -> None:
 @pytest.mark.parametrize("zero_copy", [False, True], ids=["staged", "zero copy"])
 def test_launching(benchmark: Any, zero_copy: bool) -> None:
     """The host's time for one launch of a gather."""
-    layout = CacheLayout(caches(32))
+    layout = CacheLayout(caches(SIZES.tensors[0]))
     table = layout.groups[0].table
     slots = torch.zeros(64, layout.slot_bytes, dtype=torch.uint8, device=DEVICE)
     ids = torch.arange(64, device=DEVICE)
@@ -242,8 +243,8 @@ def test_launching(benchmark: Any, zero_copy: bool) -> None:
     benchmark.pedantic(
         lambda: pages.launch_gather(table, ids, slots, ids, 0, config),
         setup=torch.cuda.synchronize,
-        rounds=100,
-        warmup_rounds=5,
+        rounds=SIZES.launches,
+        warmup_rounds=SIZES.launches // 20,
     )
     note(benchmark, "launch", name="zero copy" if zero_copy else "staged")
 

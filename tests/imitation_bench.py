@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cuda.bindings import runtime
+from cuda.bindings import driver
 
 from triton_offload.device import host
 
@@ -83,7 +83,7 @@ class Library:
         return 0
 
 
-def copy(dst: int, src: int, size: int, kind: Any, stream: int) -> None:
+def copy(dst: int, src: int, size: int, stream: int) -> None:
     ctypes.memmove(dst, src, size)
 
 
@@ -93,7 +93,7 @@ def imitate() -> None:
     torch.cuda.empty_cache = lambda: None
     torch.cuda.Event = LateEvent
     torch.ones = in_cpu_memory(torch.ones)
-    runtime.cudaMemcpyAsync = checked_by(runtime.cudaMemcpyAsync, copy)
+    driver.cuMemcpyAsync = checked_by(driver.cuMemcpyAsync, copy)
     import sizes
 
     assert sizes.HAS_GPU, "imitation_cuda comes first"

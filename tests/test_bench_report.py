@@ -12,7 +12,7 @@ import pytest
 import report
 import run
 from arbitration import Arbitration, WindowTrial, infer_arbitration, windows_that_suffice
-from cards import H100_SXM
+from hardware import H100_SXM
 from model import Host, path_seconds
 from peers import PACK_VARIABLE, pack_environment
 from predictions import predicted

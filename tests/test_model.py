@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cards import GB300, H100_PCIE, H100_SXM, KNOWN, PCIE_5, PREDICTED, Card, card_of
+from hardware import GB300, H100_PCIE, H100_SXM, KNOWN, PCIE_5, PREDICTED, Card, card_of
 from model import (
     BUFFERS,
     NO_HOST,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import performance
 import pytest
-from cards import PREDICTED
+from hardware import PREDICTED
 from performance import PAGE, PAGE_BYTES, PLOT, curves, digest, draw, page
 
 ANEW = "write it anew: make performance"
