@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.kv_offload.base import LookupResult, make_offload_key
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
-from vllm_parts import BLOCKS_PER_CHUNK, CHUNKS, TOKENS, make_config, random_caches
+from vllm_parts import BLOCKS_PER_CHUNK, CHUNKS, GROUPS, TOKENS, make_config, random_caches
 
 from triton_offload.vllm import TritonOffloadingConnector
 from triton_offload.vllm import connector as plugin_connector
@@ -83,7 +83,10 @@ class World:
         path: str = "staged",
         policy: str = "lru",
         events: bool = False,
+        groups: int = 2,
+        **options: Any,
     ) -> None:
+        self.groups = groups
         self.devices = [FaultyDevice() for _ in range(ranks)]
         waiting = iter(self.devices)
         monkeypatch.setattr(plugin_spec, "device_for", lambda *args: next(waiting))
@@ -93,6 +96,7 @@ class World:
             "eviction_policy": policy,
             "spec_name": "TritonOffloadingSpec",
             "spec_module_path": "triton_offload.vllm",
+            **options,
         }
         self.config = SimpleNamespace(
             kv_transfer_config=transfer_config(kv_connector_extra_config=extra),
@@ -107,19 +111,24 @@ class World:
             parallel = dataclasses.replace(
                 make_config().parallel, rank=rank, world_size=ranks, tp_size=ranks
             )
-            made = make_config(extra_config=extra, parallel=parallel, enable_kv_cache_events=events)
+            made = make_config(
+                extra_config=extra,
+                parallel=parallel,
+                enable_kv_cache_events=events,
+                groups=make_config().groups[:groups],
+            )
             monkeypatch.setattr(plugin_connector, "build_offloading_config", lambda *args: made)
-            return TritonOffloadingConnector(self.config, role, cache_config())
+            return TritonOffloadingConnector(self.config, role, cache_config(groups))
 
         self.scheduler = make(0, KVConnectorRole.SCHEDULER)
         self.ranks = [make(rank, KVConnectorRole.WORKER) for rank in range(ranks)]
         self.caches = [random_caches(rank) for rank in range(ranks)]
         for connector, caches in zip(self.ranks, self.caches, strict=True):
+            del caches.group_data_refs[groups:]
             connector.connector_worker._init_worker(caches)
         self.workers = [connector.connector_worker.worker for connector in self.ranks]
         self.manager = self.scheduler.connector_scheduler.manager
         self._aggregator = KVOutputAggregator(ranks)
-        self._requests: dict[str, Any] = {}
 
     def close(self) -> None:
         for connector in (*self.ranks, self.scheduler):
@@ -159,7 +168,7 @@ class World:
 
     def _output(self, running: Sequence[tuple[Any, int]], finished: Sequence[Any]) -> Any:
         new = [
-            SimpleNamespace(req_id=request.request_id, block_ids=_block_ids(request, first))
+            SimpleNamespace(req_id=request.request_id, block_ids=self.block_ids(request, first))
             for request, first in running
         ]
         cached = SimpleNamespace(req_ids=[], new_block_ids=[], resumed_req_ids=set())
@@ -204,6 +213,9 @@ class World:
         self.step([(request, first)])
         return self.settle()
 
+    def block_ids(self, request: Any, first: int) -> tuple[list[int], ...]:
+        return _block_ids(request, first)[: self.groups]
+
     def hit_tokens(self, request: Any) -> int | None:
         """How many of its tokens the scheduler would have loaded."""
         tokens, _ = self.scheduler.get_num_new_matched_tokens(request, 0)
@@ -215,7 +227,7 @@ class World:
         self.scheduler.on_new_request(request)
         tokens = self.hit_tokens(request)
         assert tokens
-        ids = _block_ids(request, first)
+        ids = self.block_ids(request, first)
         blocks = KVCacheBlocks(tuple([KVCacheBlock(i) for i in group] for group in ids))
         self.scheduler.update_state_after_alloc(request, blocks, tokens)
         return tokens
@@ -227,7 +239,7 @@ class World:
     def keys(self, request: Any) -> list[Any]:
         """Of the request's chunks, group by group."""
         hashes = request.block_hashes[BLOCKS_PER_CHUNK - 1 :: BLOCKS_PER_CHUNK]
-        return [make_offload_key(each, group) for group in range(2) for each in hashes]
+        return [make_offload_key(each, group) for group in range(self.groups) for each in hashes]
 
     def found(self, request: Any) -> list[LookupResult]:
         """What the manager says of each."""
@@ -261,13 +273,8 @@ def _block_ids(request: Any, first: int) -> tuple[list[int], list[int]]:
 
 def read_blocks(caches: Any, request: Any, first: int) -> list[torch.Tensor]:
     """The bytes of the request's blocks that its groups use."""
-    from vllm_parts import GROUPS
-
     return [
         caches.tensors[tensor].tensor[ids, :size].clone()
         for ids, group in zip(_block_ids(request, first), GROUPS, strict=True)
         for tensor, size in group
     ]
-
-
-Answer = Callable[[], Any]

@@ -28,9 +28,10 @@ remove = stale_regions.remove_stale_regions
 _HOLDERS = {
     "opened": "import sys; file = open(sys.argv[1]); print(flush=True); input()",
     "mapped": (
-        "import mmap, sys\n"
+        "import mmap, os, sys\n"
         "with open(sys.argv[1], 'r+b') as file:\n"
         "    memory = mmap.mmap(file.fileno(), 0)\n"
+        "os.closerange(3, 64)\n"  # its own copy of the descriptor, too
         "print(flush=True); input()"
     ),
 }

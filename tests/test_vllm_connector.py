@@ -20,6 +20,7 @@ from faulty import fail
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vllm's own imports warn about
+    import vllm
     from connector_world import (
         CHUNK_TOKENS,
         World,
@@ -38,7 +39,7 @@ with warnings.catch_warnings():
     )
     from vllm.v1.kv_offload.cpu import spec as cpu_spec
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
-    from vllm_parts import CHUNKS, make_config
+    from vllm_parts import BLOCKS_PER_CHUNK, CHUNKS, make_config
 
     from triton_offload import vllm as plugin
     from triton_offload.errors import DeviceLostError
@@ -107,6 +108,7 @@ def test_a_load_that_fails_fails_its_request_and_drops_its_chunks(
     told = world.load(again)
     assert (told.finished_recving, told.failed_recving) == ({"b"}, {"b"})
     assert not told.invalid_block_ids
+    assert not world.ranks[0].connector_worker.take_failed_requests(), "told twice"
     assert world.found(request) == [MISS] * 4
     removed = list(world.scheduler.take_events())
     assert {type(each).__name__ for each in removed} == {"BlockRemoved"}
@@ -314,6 +316,36 @@ def test_what_is_computed_from_such_a_load_is_not_kept(world: World) -> None:
     world.settle()
     assert world.found(other) == [MISS] * 2
     world.check()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_synchronous_load_of_vllms_that_fails(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(World, monkeypatch, groups=groups, sync_load_budget_bytes="1MiB")
+    if vllm.__version__.startswith("0.32"):  # which has none
+        with pytest.raises(ValueError, match="sync_load_budget_bytes"):
+            build()
+        return
+    world = build()
+    world.store(make_request("a", 2))
+    longer = make_request("b", 3, prefix="a")  # whose third chunk is computed in the same step
+    world.devices[0].faults["scatter"] = 1
+    assert world.begin_load(longer, first=5) == 2 * CHUNK_TOKENS
+    if groups == 2:
+        with pytest.raises(RuntimeError, match=r"2 KV cache groups.*sync_load_budget_bytes"):
+            world.step([(longer, 5)])
+        world.close()
+        return
+    told = world.step([(longer, 5)])
+    (blocks,) = world.block_ids(longer, 5)
+    assert told.invalid_block_ids == set(blocks[: 2 * BLOCKS_PER_CHUNK])
+    assert not told.finished_recving
+    assert not told.failed_recving
+    world.settle()
+    assert world.found(longer) == [MISS] * 3
+    world.check()
+    world.close()
 
 
 # -- the end of all --
@@ -524,6 +556,24 @@ def test_the_page_has_every_metric_and_every_option() -> None:
         assert name.removeprefix("triton_offload_") + "_total" * counter in named
         assert set(metric.labelnames) <= named
     assert named >= options._OURS | options._VLLMS | options._SINCE_0_33
+
+
+def test_only_what_changed_is_told(world: World) -> None:
+    pool = world.workers[0].transfers.pool
+    assert pool is not None
+    pool.wait_ready(30)
+    first = world.step().kv_connector_stats
+    assert first.data["data"].keys() > {"triton_offload_pool_bytes", "triton_offload_survived"}
+    request = make_request("a", 1)
+    world.scheduler.on_new_request(request)
+    world.step([(request, 0)])
+    told: dict[str, Any] = {}
+    while world.scheduler.has_pending_push_work():
+        stats = world.step().kv_connector_stats
+        told |= {} if stats is None else stats.data["data"]
+    assert told["triton_offload_jobs"] == {("store", "success"): 1}
+    assert told["triton_offload_bytes"].keys() == {("store", "staged")}
+    assert "triton_offload_pool_bytes" not in told
 
 
 def test_of_a_worker_that_is_shut_down_counts_remain(world: World) -> None:

@@ -83,12 +83,20 @@ class WorkerMetrics:
     def __init__(self, rank: int) -> None:
         self._rank = str(rank)
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._seen: tuple[object, ...] = ()
 
     def collect(self, worker: TolerantWorker) -> Any:
         """vLLM's OffloadingConnectorStats with what has changed; None where nothing has.
 
         The first has every metric, for a rate needs a value before the first increase.
         """
+        # Every step of the engine comes by here, and few have anything to tell.
+        pool = worker.transfers.pool
+        pinned = None if pool is None else pool.pinned
+        seen = (worker.num_reported, pinned, worker.transfers.broken_paths)
+        if seen == self._seen:
+            return None
+        self._seen = seen
         changed = OffloadingConnectorStats()
         for name, labels, value in (*_counters(worker), *self._gauges(worker)):
             before = self._told.get((name, labels))

@@ -49,6 +49,8 @@ class TolerantWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm 
         self._sync: dict[int, tuple[int, ...]] = {}  # blocks of loads that a step waits for
         self._refused: list[int] = []  # accepted here, and not reported yet
         self._failed: list[FailedJob] = []
+        #: jobs that were reported as ended
+        self.num_reported = 0
         #: failures that were made ones of jobs, by direction and kind
         self.survived = Counter[tuple[Direction, FailureKind]]()
 
@@ -90,6 +92,7 @@ class TolerantWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm 
                 reports.append(_ended(failure.job_id))
         for report in reports:
             self._sync.pop(report.job_id, None)
+        self.num_reported += len(reports)
         return reports
 
     def take_failed(self) -> list[FailedJob]:
