@@ -18,6 +18,7 @@ SLOW_FILES = {
     "test_faults.py",
     "test_isolation.py",
     "test_kernels_compiled.py",
+    "test_kernels_ring.py",
     "test_life.py",
     "test_mutants.py",
     "test_offloader_machine.py",

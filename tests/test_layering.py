@@ -20,7 +20,7 @@ LAYERS = [
     {"vllm.versions", "cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
-    {"medium", "kernels.tiling", "kernels.reference"},
+    {"medium", "kernels.tiling", "kernels.ring", "kernels.reference"},
     {"transfer.options", "device.threads", "pool.memory_limits"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},

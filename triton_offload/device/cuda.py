@@ -225,6 +225,8 @@ def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.Kernel
     own = pages.choose_config(zero_copy=zero_copy, backend="hip" if torch.version.hip else "cuda")
     if shape is None:
         return own
+    if shape.ring and not torch.version.hip:  # AMD has other instructions for it
+        return pages.ring_config(shape.programs)
     lanes = 64 if torch.version.hip else 32
     warps = max(1, shape.warps * 32 // lanes)
     return pages.KernelConfig(warps, own.tile_bytes // own.warps * warps, shape.programs)
