@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import compiling
 from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
-from .tiling import KernelConfig, KernelSpec, choose_config, cut_into_strips
+from .tiling import KernelConfig, KernelSpec, choose_config, cut_into_strips, ring_config
 
 __all__ = [
     "KernelConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "launch_gather",
     "launch_scatter",
     "prepare",
+    "ring_config",
     "scatter_pages",
 ]
 
@@ -284,7 +285,7 @@ def gather_pages(
             those of chunks before ``first_block`` are not looked at. None for 0, 1, ... Copied, or
             left alone on the device, as ``block_ids`` are.
         first_block: Where in its run of chunks the first block lies.
-        config: None for ``choose_config``.
+        config: None for ``choose_config``; ``ring_config`` gives another.
 
     Raises:
         ValueError: An id out of range, a slot named twice, a wrong number of slot ids, slots of

@@ -42,9 +42,9 @@ class KernelConfig:
 
 
 def ring_config(programs: int) -> KernelConfig:
-    """128 KiB in flight a CTA as in ``choose_config``, in shared memory: an eighth of the threads
-    and registers, and most of the shared memory of an SM (of 163 KiB on sm_80, 227 on sm_90)."""
-    return KernelConfig(warps=4, tile_bytes=8 * 1024, programs=programs, stages=16)
+    """64 KiB in flight per CTA, in shared memory: of that, every card from sm_80 on has 99 KiB for
+    a CTA (so sm_86, sm_89 and sm_120; sm_80 has 163, sm_90 and sm_100 227)."""
+    return KernelConfig(warps=4, tile_bytes=8 * 1024, programs=programs, stages=8)
 
 
 def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:

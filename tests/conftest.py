@@ -27,6 +27,7 @@ SLOW_FILES = {
     "test_gpu_run.py",
     "test_isolation.py",
     "test_kernels_compiled.py",
+    "test_kernels_ring.py",
     "test_life.py",
     "test_mutants.py",
     "test_offloader_machine.py",

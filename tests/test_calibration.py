@@ -31,7 +31,7 @@ from triton_offload.calibration import (
 from triton_offload.cli import machine as cli_machine
 from triton_offload.cli.main import app
 from triton_offload.device.cuda import launch_config
-from triton_offload.kernels.tiling import choose_config
+from triton_offload.kernels.tiling import choose_config, ring_config
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.transfer import queue_manager
@@ -158,6 +158,8 @@ def test_warps_are_a_power_of_two_up_to_32():
     for warps in (0, 3, 6, 12, 24, 33, 64, True, 8.0):
         with pytest.raises(ValueError, match=f"warps: expected .* got {warps}"):
             LaunchShape(1, warps)
+    with pytest.raises(ValueError, match="ring: expected a bool, got 1"):
+        LaunchShape(1, 4, ring=1)
 
 
 def test_cpu_memory_follows_its_own_figures():
@@ -501,6 +503,7 @@ def test_launches_have_the_shape_that_won():
     own = choose_config(zero_copy=False)
     assert (config.programs, config.warps) == (24, 4)
     assert config.tile_bytes / config.warps == own.tile_bytes / own.warps
+    assert launch_config(LaunchShape(3, 4, ring=True), zero_copy=True) == ring_config(3)
 
 
 # -- measuring --

@@ -24,7 +24,7 @@ LAYERS = [
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"vllm.options"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
-    {"medium", "kernels.tiling", "kernels.reference"},
+    {"medium", "kernels.tiling", "kernels.ring", "kernels.reference"},
     {"transfer.options", "device.threads", "device.driver", "device.numa", "pool.memory_limits"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},

@@ -81,16 +81,22 @@ CUDA_PATHS = PathTable(
 
 @dataclass(frozen=True, slots=True)
 class LaunchShape:
-    """How a kernel's launch is cut up: at most `programs` CTAs, each of `warps` * 32 threads."""
+    """How a kernel's launch is cut up: at most `programs` CTAs, each of `warps` * 32 threads.
+
+    `ring`: bytes cross shared memory instead of registers, in CTAs of 128 threads.
+    """
 
     programs: int
     warps: int
+    ring: bool = False
 
     def __post_init__(self) -> None:
         _check("programs", self.programs, 1)
         _check("warps", self.warps, 1, 32)
         if self.warps & (self.warps - 1):
             raise ValueError(f"warps: expected a power of two, got {self.warps}")
+        if not isinstance(self.ring, bool):
+            raise ValueError(f"ring: expected a bool, got {self.ring!r}")
 
 
 @dataclass(frozen=True, slots=True)

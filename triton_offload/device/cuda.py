@@ -335,6 +335,8 @@ def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.Kernel
     own = pages.choose_config(zero_copy=zero_copy, backend="cuda")
     if shape is None:
         return own
+    if shape.ring:
+        return pages.ring_config(shape.programs)
     return pages.KernelConfig(
         shape.warps, own.tile_bytes // own.warps * shape.warps, shape.programs
     )

@@ -16,7 +16,13 @@ class ZeroCopy(Crossing):
     store_roles = load_roles = (Role.KERNELS,)
     stands_in = Path.COPY_ENGINE
     where_unmapped = Path.STAGED
-    launch_shapes = (None, LaunchShape(4, 16), LaunchShape(4, 32), LaunchShape(8, 32))
+    launch_shapes = (
+        None,
+        LaunchShape(4, 4, ring=True),
+        LaunchShape(4, 16),
+        LaunchShape(4, 32),
+        LaunchShape(8, 32),
+    )
 
     def max_chunks(self, streams: LaneStreams, run: GroupRun) -> int:
         """The whole run, which gains nothing from being cut (on the host device, eighths of 256 MiB
