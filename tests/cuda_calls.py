@@ -14,6 +14,7 @@ from triton_offload.device.cuda import CUDADevice, launch_config
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
+from triton_offload.specs import Direction
 
 CARD = imitation_cuda.CARD
 
@@ -68,13 +69,14 @@ def test_kernels_run_on_the_stream_that_was_named_in_the_shape_of_their_path(
         )
     arguments = [object() for _ in range(5)]
     getattr(device, kind)(*arguments, stream, zero_copy=zero_copy)
-    wanted = launch_config(device_shape(zero_copy), zero_copy=zero_copy)
+    way = Direction.STORE if kind == "gather" else Direction.LOAD
+    wanted = launch_config(device_shape(way, zero_copy), zero_copy=zero_copy)
     assert made == [(kind, stream, (*arguments, wanted))]
 
 
-def device_shape(zero_copy):
+def device_shape(way, zero_copy):
     defaults = cuda.default_calibration("cuda")
-    return defaults.zero_copy if zero_copy else defaults.staged
+    return (defaults.zero_copy if zero_copy else defaults.staged).of(way)
 
 
 def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkeypatch):
@@ -82,7 +84,8 @@ def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkey
     monkeypatch.setattr(pages, "prepare", lambda *args: made.append(args))
     table = PageTable([torch.zeros(4, 16, dtype=torch.uint8)], 1)
     device.prepare(table, torch.zeros(2, table.slot_bytes, dtype=torch.uint8))
-    assert made[0][2] == launch_config(device_shape(True), zero_copy=True)
+    wanted = [launch_config(device_shape(way, True), zero_copy=True) for way in Direction]
+    assert {config for *_, config in made} == set(wanted)
 
 
 @pytest.mark.parametrize("sides", [(False, True), (True, False), (False, False)])

@@ -26,7 +26,7 @@ from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable, alignment_of
-from triton_offload.specs import Ids
+from triton_offload.specs import Direction, Ids
 
 _REGISTER_PORTABLE_MAPPED = 0x1 | 0x2  # cudaHostRegisterPortable | cudaHostRegisterMapped
 _POLL_SECONDS = 0.0001
@@ -46,8 +46,9 @@ class CUDADevice(RealTime):
         self.batches_copies = hasattr(_bindings("driver"), "cuMemcpyBatchAsync")
         launches = calibration or default_calibration("cuda")
         self._configs = {
-            False: launch_config(launches.staged, zero_copy=False),
-            True: launch_config(launches.zero_copy, zero_copy=True),
+            (way, mapped): launch_config(shapes.of(way), zero_copy=mapped)
+            for mapped, shapes in ((False, launches.staged), (True, launches.zero_copy))
+            for way in Direction
         }
 
     # -- streams and events --
@@ -187,7 +188,8 @@ class CUDADevice(RealTime):
 
     def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
         alignment = alignment_of(slots.data_ptr(), slots.stride(0))
-        pages.prepare(table, alignment, self._configs[slots.device.type == "cpu"])
+        for config in {self._configs[way, slots.device.type == "cpu"] for way in Direction}:
+            pages.prepare(table, alignment, config)
 
     def gather(
         self,
@@ -201,7 +203,7 @@ class CUDADevice(RealTime):
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = self._configs[zero_copy]
+            config = self._configs[Direction.STORE, zero_copy]
             pages.launch_gather(table, block_ids, slots, slot_ids, first_block, config)
 
     def scatter(
@@ -216,7 +218,7 @@ class CUDADevice(RealTime):
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = self._configs[zero_copy]
+            config = self._configs[Direction.LOAD, zero_copy]
             pages.launch_scatter(table, block_ids, slots, slot_ids, first_block, config)
 
 
