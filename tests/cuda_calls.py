@@ -19,6 +19,7 @@ from triton_offload.device.cuda import CUDADevice, _rows, launch_config
 from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
+from triton_offload.specs import Direction
 
 CARD = torch.device("cuda", 0)
 
@@ -90,13 +91,14 @@ def test_kernels_run_on_the_stream_that_was_named_in_the_shape_of_their_path(
         )
     arguments = [object() for _ in range(5)]
     getattr(device, kind)(*arguments, stream, zero_copy=zero_copy)
-    wanted = launch_config(device_shape(zero_copy), zero_copy=zero_copy)
+    way = Direction.STORE if kind == "gather" else Direction.LOAD
+    wanted = launch_config(device_shape(way, zero_copy), zero_copy=zero_copy)
     assert made == [(kind, stream, (*arguments, wanted))]
 
 
-def device_shape(zero_copy):
+def device_shape(way, zero_copy):
     defaults = default_calibration("cuda")
-    return defaults.zero_copy if zero_copy else defaults.staged
+    return (defaults.zero_copy if zero_copy else defaults.staged).of(way)
 
 
 def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkeypatch):
@@ -105,9 +107,14 @@ def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkey
     table = PageTable([torch.zeros(4, 16, dtype=torch.uint8)], 1)
     device.prepare(table, torch.zeros(2, table.slot_bytes, dtype=torch.uint8))
     device.prepare(table, device.empty(2 * table.slot_bytes).view(2, -1))
-    assert [each[2] for each in made] == [
-        launch_config(device_shape(zero_copy), zero_copy=zero_copy) for zero_copy in (True, False)
+    wanted = [
+        {launch_config(device_shape(way, zero_copy), zero_copy=zero_copy) for way in Direction}
+        for zero_copy in (True, False)
     ]
+    configs = [each[2] for each in made]
+    count = len(wanted[0])
+    assert [set(configs[:count]), set(configs[count:])] == wanted
+    assert len(configs) == count + len(wanted[1])
 
 
 def test_a_launch_is_late_on_the_stream_with_its_arguments(card, device, stream):

@@ -440,6 +440,18 @@ def operations_are_queued_without_a_bound():
     return patch.object(Lane, "_has_room", lambda self, run: True)
 
 
+@mutant("7", scenarios.burst_of_batches)
+def a_batch_of_copies_is_one_operation():
+    def make(fly):
+        def fly_light(self, work):
+            work.num_ops = min(work.num_ops, 8)
+            fly(self, work)
+
+        return fly_light
+
+    return _instead(Lane, "_fly", make)
+
+
 @mutant("7", serving("staged"))
 def the_host_waits_for_a_staging_buffer():
     def take_buffer(self, stream):

@@ -191,6 +191,15 @@ def burst(seed: int) -> None:
         assert b.device.num_blocked == 0, "a submission blocked the host"
 
 
+def burst_of_batches(seed: int) -> None:
+    """The same in batches of ranges, of which each takes room in the stream."""
+    shape = CacheShape(tensors=((4, 4),) * 20, blocks_per_chunk=1)
+    with bench(seed, shape, paths=Path.COPY_ENGINE, max_indices=1 << 16) as b:
+        for _ in range(60):
+            b.store(range(12), range(12))
+        assert b.device.num_blocked == 0, "a submission blocked the host"
+
+
 def nobody_calls(seed: int) -> None:
     """The engine submits, and never asks."""
     with bench(seed, window_chunks=1) as b:

@@ -22,6 +22,7 @@ from triton_offload.calibration import (
     CUDA_PATHS,
     HOST_PATHS,
     Calibration,
+    Launches,
     LaunchShape,
     Path,
     PathRule,
@@ -36,12 +37,22 @@ from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.transfer import queue_manager
 from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
-from triton_offload.tuning import calibrate, calibration_file
+from triton_offload.tuning import calibrate, calibration_file, fitting
 from triton_offload.tuning import rig as rig_module
 from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
-from triton_offload.tuning.fitting import MARGIN, Measurement, Measurements, fit, fit_paths, pick
+from triton_offload.tuning.fitting import (
+    MARGIN,
+    LaunchMeasurement,
+    Measurement,
+    Measurements,
+    fit,
+    fit_launches,
+    fit_paths,
+    pick,
+)
 from triton_offload.tuning.machine import identify
 from triton_offload.tuning.rig import Rig
 
@@ -52,7 +63,7 @@ CPU = torch.device("cpu")
 MEASURED = Calibration(
     PathTable(Path.STAGED, (PathRule(Direction.LOAD, 4096, 16, Path.ZERO_COPY),)),
     buffer_bytes=4 << 20,
-    staged=LaunchShape(8, 4),
+    staged=Launches(LaunchShape(8, 4), LaunchShape(4, 4)),
 )
 
 
@@ -211,16 +222,55 @@ def test_of_several_about_as_fast_the_cheapest_replaces_the_default():
 
 def test_fit_replaces_what_was_measured_and_nothing_else():
     default = default_calibration("cuda")
-    shape = LaunchShape(8, 8)
     took = Measurements(
         tuple(measured(lambda *point: Path.ZERO_COPY)),
         buffer_bytes=((4 << 20, 1.0), (16 << 20, 2.0)),
-        staged=((shape, 1.0), (None, 2.0)),
+        launches=tuple(launched(Path.STAGED, Direction.LOAD, LaunchShape(8, 8))),
     )
     fitted = fit(took, default)
-    assert (fitted.buffer_bytes, fitted.staged, fitted.zero_copy) == (4 << 20, shape, None)
+    assert fitted.buffer_bytes == 4 << 20
+    assert fitted.staged == Launches(None, LaunchShape(8, 8))
+    assert fitted.zero_copy == default.zero_copy
     assert fitted.paths.choose(Direction.STORE, 4096, 16) is Path.ZERO_COPY
     assert fit(Measurements(()), default) == default
+
+
+def test_stores_and_loads_have_launches_of_their_own():
+    small, big = LaunchShape(4, 16), LaunchShape(8, 32)
+    took = [
+        *launched(Path.ZERO_COPY, Direction.STORE, big),
+        *launched(Path.ZERO_COPY, Direction.LOAD, small),
+        *launched(Path.STAGED, Direction.STORE, small),
+    ]
+    fitted = fit_launches(took, default_calibration("cuda"))
+    assert fitted.zero_copy == Launches(store=big, load=small)
+    assert fitted.staged == Launches(store=small)
+
+
+def test_a_launch_that_failed_leaves_the_default_of_its_path():
+    default = default_calibration("cuda")
+    took = [LaunchMeasurement(Direction.LOAD, Path.ZERO_COPY, LaunchShape(8, 32), 1.0)]
+    fitted = fit_launches(took, default)
+    assert fitted.zero_copy == Launches(default.zero_copy.store, LaunchShape(8, 32))
+
+
+def test_without_a_measurement_stores_by_zero_copy_have_more_ctas_than_the_kernels_own():
+    own = choose_config(zero_copy=True)
+    launches = default_calibration("cuda").zero_copy
+    assert launches.of(Direction.LOAD) is None
+    store = launch_config(launches.of(Direction.STORE), zero_copy=True)
+    assert (store.warps, store.tile_bytes) == (own.warps, own.tile_bytes)
+    assert store.programs == 2 * own.programs
+    assert default_calibration("cpu").zero_copy == Launches()
+
+
+def launched(path, direction, fastest, seconds=0.8):
+    """Every shape takes a second, but one."""
+    shapes = CROSSINGS[path].launch_shapes
+    return [
+        LaunchMeasurement(direction, path, shape, seconds if shape == fastest else 1.0)
+        for shape in (*shapes, fastest)
+    ]
 
 
 # -- keeping --
@@ -273,17 +323,19 @@ def edited(**changes) -> str:
         "{",
         "[]",
         "3",
-        '{"format": 1}',
-        dump(MACHINE, MEASURED).replace('"format": 1', '"format": 2'),
+        '{"format": 2}',
+        dump(MACHINE, MEASURED).replace('"format": 2', '"format": 1'),
         dump(MACHINE, MEASURED).replace('"zero_copy"', '"teleport"', 1),
         edited(buffer_bytes="16"),
         edited(buffer_bytes=0),
         edited(buffer_bytes=1 << 40),
         edited(buffer_bytes=True),
         edited(unknown=1),
-        edited(staged={"programs": 0, "warps": 8}),
-        edited(staged={"programs": 8, "warps": 3}),
-        edited(staged={"programs": 8}),
+        edited(staged={"store": {"programs": 0, "warps": 8}}),
+        edited(staged={"store": {"programs": 8, "warps": 3}}),
+        edited(staged={"load": {"programs": 8}}),
+        edited(staged={"up": None}),
+        edited(staged=None),
         edited(paths={"default": "staged", "rules": [{"direction": "up"}]}),
         edited(
             paths={
@@ -535,13 +587,18 @@ def test_on_a_gpu_launches_are_measured_too_and_paths_with_those_that_won(monkey
 
     monkeypatch.setattr(calibrate, "device_for", device_for)
     monkeypatch.setattr(calibrate, "PAGE_BYTES", (4096,))
-    monkeypatch.setattr(calibrate, "pick", lambda default, took: took[-1][0])
+    monkeypatch.setattr(fitting, "pick", lambda default, took: took[-1][0])
     took = calibrate.measure(torch.device("cuda"), lambda done, total: None, 1 << 20)
-    for shapes, name in [(took.staged, "staged"), (took.zero_copy, "zero_copy")]:
-        assert None in dict(shapes)
-        assert {getattr(calibration, name) for calibration in built} == set(dict(shapes))
-    for tuned in built[-2:]:  # for the paths, and for the sizes of the buffers
-        assert (tuned.staged, tuned.zero_copy) == (took.staged[-1][0], took.zero_copy[-1][0])
+    for path in (Path.STAGED, Path.ZERO_COPY):
+        shapes = CROSSINGS[path].launch_shapes
+        assert None in shapes
+        for way in Direction:
+            found = [one.shape for one in took.launches if (one.path, one.direction) == (path, way)]
+            assert found == list(shapes)
+            tried = {getattr(calibration, path.value).of(way) for calibration in built}
+            assert tried >= set(shapes)
+        for tuned in built[-2:]:  # for the paths, and for the sizes of the buffers
+            assert getattr(tuned, path.value) == Launches(shapes[-1], shapes[-1])
     assert {one.path for one in took.paths} == set(Path)
 
 
@@ -690,7 +747,8 @@ def test_a_narrow_terminal_cuts_nothing(quick, own_cache):
     assert jobs == [
         f"ajobof{pages}" + "staged" * count + "zero_copy" * count for pages in calibrate.PAGES
     ]
-    assert "staging buffers of 4.0 MiB; staged: 8 CTAs of 4 warps" in " ".join(table.split())
+    launches = "staged, store: 8 CTAs of 4 warps; staged, load: 4 CTAs of 4 warps"
+    assert f"staging buffers of 4.0 MiB; {launches}" in " ".join(table.split())
 
 
 def test_the_command_writes_where_it_is_told_and_prints_json(quick, own_cache, tmp_path):

@@ -11,8 +11,6 @@ from triton_offload.calibration import Path
 from triton_offload.errors import DeviceLostError
 from triton_offload.specs import TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
-from triton_offload.transfer import ranges
-from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.segment import Gate
 
 paths = pytest.mark.parametrize("path", Path, ids=lambda path: path.value)
@@ -337,20 +335,3 @@ def test_no_number_of_jobs_without_bytes_blocks_a_submission(what):
     world.finish(first, *jobs)
     assert world.reported() == [job.job_id for job in (first, *jobs)]
     world.close()
-
-
-@pytest.mark.parametrize("path", [Path.STAGED, Path.COPY_ENGINE], ids=lambda path: path.value)
-@pytest.mark.parametrize("most", [256, 5])
-def test_a_batch_counts_its_copies_and_leaves_room_for_the_next(path, most, monkeypatch):
-    """Of ten chunks in slots apart, which a copy each takes, beside waits and events."""
-    monkeypatch.setattr(ranges, "_MOST_OPS_OF_A_BATCH", most)
-    flown, fly = [], Lane._fly
-    monkeypatch.setattr(Lane, "_fly", lambda lane, work: flown.append(work) or fly(lane, work))
-    with SimulatedDevice(0) as device:
-        world = PipelineWorld.build(device, path=path, buffer_bytes=4 << 10)
-        world.finish(world.store(range(0, 20, 2), range(0, 20, 2)))
-        world.finish(world.load(range(1, 21, 2), range(0, 20, 2)))
-        world.close()
-    rest = {Path.STAGED: [6, 5], Path.COPY_ENGINE: [1, 1]}[path]
-    counts = [work.num_ops for work in flown if work.num_bytes]
-    assert counts == [each + min(10, most) for each in rest]

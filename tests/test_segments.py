@@ -9,7 +9,7 @@ from pipelines import NUM_BLOCKS, PipelineWorld
 from triton_offload.calibration import Path
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.testing import SimulatedDevice
-from triton_offload.transfer.paths import staged
+from triton_offload.transfer.paths import copy_engine, staged
 from triton_offload.transfer.paths.base import Crossing
 
 CHUNK = 64
@@ -126,6 +126,42 @@ def test_a_chunk_of_more_bytes_is_a_short_segment_by_itself(segments, monkeypatc
     world = build()
     cut(world, direction, 3)
     assert sorted(segments) == [1, 2]
+    world.close()
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+def test_a_segment_has_no_more_copies_than_a_lane_can_admit(segments, monkeypatch, direction):
+    monkeypatch.setattr(copy_engine, "MOST_COPIES", 24)
+    monkeypatch.setattr(staged, "MOST_COPIES", 6)
+    apart = {"pages": (16, 8, 32), "blocks_per_chunk": 2, "groups": [[(0, 16), (2, 32)]]}
+    for path, wanted in ((Path.COPY_ENGINE, [6, 2]), (Path.STAGED, [3, 3, 2])):
+        monkeypatch.setattr(staged, "SHORT_BYTES", 1 << 20)
+        world = build(path, **apart)
+        pages = GPULoadStoreSpec(range(16), [16], [0])
+        slots = CPULoadStoreSpec(range(8), True if direction == "store" else None)
+        world.finish(world._submit(Direction(direction), pages, slots))
+        assert segments == wanted
+        segments.clear()
+        world.close()
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+@pytest.mark.parametrize("path", [Path.STAGED, Path.COPY_ENGINE], ids=lambda path: path.value)
+def test_each_range_of_a_batch_is_counted(path, direction):
+    """Submitting would block the host, where a batch were taken for one operation."""
+    world = build(path, pages=(8,) * 8)
+    device, lane = world.device, world.pipeline._lanes[direction]
+    device.faults.never_ends("engine")
+    device.launch("engine", device.compute_stream)
+    scattered = range(NUM_BLOCKS - 1, -1, -1)
+    before = device.calls["copy_batch"]
+    jobs = [getattr(world, direction)(range(NUM_BLOCKS), scattered) for _ in range(60)]
+    assert device.calls["copy_batch"] > before
+    assert 600 <= lane._num_ops < 1000
+    assert device.num_blocked == 0
+    device.end_hung()
+    world.finish(*jobs)
+    assert lane._num_ops == 0
     world.close()
 
 

@@ -154,6 +154,20 @@ def test_a_full_queue_blocks_the_host():
     assert 0 < device.num_blocked <= 16
 
 
+@pytest.mark.parametrize(("count", "blocked"), [(3, 0), (4, 1), (9, 1)])
+def test_a_batch_takes_room_for_each_of_its_ranges(count, blocked):
+    idle = next(seed for seed in SEEDS if not SimulatedDevice(seed)._simulation._eagerness)
+    with SimulatedDevice(idle, max_queued=4) as device:  # nothing runs but what must
+        source, target = buffers(device, 2)
+        fill(device, source, 5)
+        places, ones = np.arange(count), np.ones(count, dtype=np.int64)
+        ends = target.data_ptr() + places, source.data_ptr() + places
+        device.copy_batch(*ends, ones, device.compute_stream)
+        assert device.num_blocked == blocked
+        device.drain()
+        assert (target[:count] == 5).all()
+
+
 def test_the_legacy_stream_synchronises_with_blocking_streams_only():
     for seed in SEEDS:
         with SimulatedDevice(seed) as device:

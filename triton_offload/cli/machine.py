@@ -135,10 +135,11 @@ def _calibration_table(title: str, calibration: Calibration) -> Table:
         chosen = (calibration.paths.choose(way, size, count).value for count in PAGES)
         shown.add_row(way.value, format_bytes(size), *chosen)
     details = [f"staging buffers of {format_bytes(calibration.buffer_bytes)}"]
-    for name in ("staged", "zero_copy"):
-        shape = getattr(calibration, name)
+    for name, way in itertools.product(("staged", "zero_copy"), Direction):
+        shape = getattr(calibration, name).of(way)
         if shape is not None:
-            details.append(f"{name}: {shape.programs} CTAs of {shape.warps} warps")
+            shown_shape = f"{shape.programs} CTAs of {shape.warps} warps"
+            details.append(f"{name}, {way.value}: {shown_shape}")
     shown.caption = "; ".join(details)
     return shown
 

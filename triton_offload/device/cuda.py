@@ -36,7 +36,7 @@ from triton_offload.errors import DeviceLostError
 from triton_offload.kernels import pages
 from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.table import PageTable, alignment_of
-from triton_offload.specs import Ids
+from triton_offload.specs import Direction, Ids
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +89,9 @@ class CUDADevice(RealTime):
         self._examine()
         launches = calibration or default_calibration("cuda")
         self._configs = {
-            False: launch_config(launches.staged, zero_copy=False),
-            True: launch_config(launches.zero_copy, zero_copy=True),
+            (way, mapped): launch_config(shapes.of(way), zero_copy=mapped)
+            for mapped, shapes in ((False, launches.staged), (True, launches.zero_copy))
+            for way in Direction
         }
 
     def _examine(self) -> None:
@@ -297,7 +298,8 @@ class CUDADevice(RealTime):
     def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
         alignment = alignment_of(slots.data_ptr(), slots.stride(0))
         with self._context.beside_captures():  # a module is loaded
-            pages.prepare(table, alignment, self._configs[slots.device.type == "cpu"])
+            for config in {self._configs[way, slots.device.type == "cpu"] for way in Direction}:
+                pages.prepare(table, alignment, config)
 
     def gather(
         self,
@@ -311,7 +313,7 @@ class CUDADevice(RealTime):
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = self._configs[zero_copy]
+            config = self._configs[Direction.STORE, zero_copy]
             pages.launch_gather(table, block_ids, slots, slot_ids, first_block, config)
 
     def scatter(
@@ -326,7 +328,7 @@ class CUDADevice(RealTime):
         zero_copy: bool,
     ) -> None:
         with torch.cuda.stream(stream):
-            config = self._configs[zero_copy]
+            config = self._configs[Direction.LOAD, zero_copy]
             pages.launch_scatter(table, block_ids, slots, slot_ids, first_block, config)
 
 

@@ -59,7 +59,8 @@ class Operation:
 
     `number` counts operations in the order of submission. `run` moves the bytes; `record` is set
     where it is the record of an event. `reached` is the time at which all that it follows had
-    ended; `start` and `end` are set when it runs.
+    ended; `start` and `end` are set when it runs. `entries`: what it takes of its stream's
+    room.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Operation:
     record: Record | None = None
     engine: Engine | None = None
     seconds: float = 0.0
+    entries: int = 1
     waits_for: int = 0
     followers: list[Operation] = field(default_factory=list)
     done: bool = False
@@ -167,7 +169,7 @@ class Schedule:
         for other in follows:
             self._follow(operation, other)
         stream.last = operation
-        stream.pending += 1
+        stream.pending += operation.entries
         self.num_submitted += 1
         if operation.engine is not None and operation.engine.queue is not None:
             operation.engine.queue.append(operation)
@@ -206,7 +208,7 @@ class Schedule:
 
     def _finish(self, operation: Operation) -> None:
         operation.done = True
-        operation.stream.pending -= 1
+        operation.stream.pending -= operation.entries
         self.num_run += 1
         for follower in operation.followers:
             follower.reached = max(follower.reached, operation.end)

@@ -64,9 +64,9 @@ class SimulatedDevice(Controls):
     run; copies of one engine are serial, ranges of a batch are in no order; a copy from or to host
     memory that is not registered blocks the host until the stream gets there (one to the device
     until it has read it), and a kernel that reaches such memory loses the device; a stream holds
-    `max_queued` operations, and one more blocks the host; `legacy_stream` synchronises with streams
-    made as blocking. `num_blocked` counts how often the host was blocked by a call that should only
-    queue.
+    `max_queued` operations, each range of a batch one, and one more blocks the host;
+    `legacy_stream` synchronises with streams made as blocking. `num_blocked` counts how often the
+    host was blocked by a call that should only queue.
 
     To test a worker of your own, give it the device, memory from `empty` and `empty_indices`, and
     call `check` at the end, or leave it to `with`:
@@ -299,8 +299,10 @@ class SimulatedDevice(Controls):
         pageable = any(map(places.address_pageable, (int(dst[0]), int(src[0]))))
         if pageable:
             self._wait_for_host(stream)
-        operation = self._simulation.queue(
-            self._simulation.operation("copy_batch", stream, f"{len(sizes)} ranges"),
+        operation = self._simulation.operation("copy_batch", stream, f"{len(sizes)} ranges")
+        operation.entries = len(sizes)
+        self._simulation.queue(
+            operation,
             reads=reads,
             writes=writes,
             run=run,

@@ -263,10 +263,10 @@ class Simulation:
         self.submit(operation, (record.operation,))
 
     def submit(self, operation: Operation, follows: Sequence[Operation] = ()) -> None:
-        stream = operation.stream
-        if stream.pending >= self._max_queued:
+        stream, room = operation.stream, self._max_queued - operation.entries
+        if stream.pending > room:
             self.num_blocked += 1
-            while stream.pending >= self._max_queued:
+            while stream.pending > max(0, room):  # what never fits goes in as its stream drains
                 self._step_or_stuck(f"{stream} is full")
         if stream.blocking or stream is self.legacy:
             follows = (*follows, *self._synchronised(stream))

@@ -20,8 +20,8 @@ from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.segment import Gate, Segment
 from triton_offload.transfer.staging import IndexRing
 
-# Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7); a segment
-# is counted before it is known how many operations it needs.
+# Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7), each range
+# of a batch taken for one; a segment, of `MOST_COPIES` and some more, is admitted uncounted.
 _MAX_QUEUED_OPS = 600
 
 

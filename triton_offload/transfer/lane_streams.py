@@ -16,7 +16,6 @@ from triton_offload.transfer.ranges import (
     SLICE_BYTES,
     ChunkRanges,
     Pair,
-    batch_ops,
     chunk_batches,
     whole_chunks,
     zeros_over,
@@ -26,6 +25,9 @@ from triton_offload.transfer.staging import StagingBuffer, StagingRing
 
 _ZEROS_BYTES = 1 << 20
 _MANY_COPIES = 4
+
+#: of one segment, be they ranges of a batch (rule 7): of more a chunk at least is one segment
+MOST_COPIES = 400
 
 
 class LaneStreams:
@@ -133,7 +135,8 @@ class LaneStreams:
         return places
 
     def copy_chunks(self, run: GroupRun, staging: torch.Tensor, skip: tuple[int, ...]) -> int:
-        """Whole chunks, but those to skip, between staging and slots; how many copies."""
+        """Whole chunks, but those to skip, between staging and slots; how many copies, each range
+        of a batch one."""
         device, stores = self.device, self.direction is Direction.STORE
         ranges = ChunkRanges.of(run, self.pool, skip)
         ops = 0
@@ -148,7 +151,7 @@ class LaneStreams:
             for slots, buffer, sizes in chunk_batches(run, self.pool, staging, skip):
                 ends = (slots, buffer) if stores else (buffer, slots)
                 device.copy_batch(*ends, sizes, self.copies)
-                ops += batch_ops(sizes)
+                ops += len(sizes)
             return ops
         for there, here in whole_chunks(run, self.pool, staging, ranges):
             pair = (there, here) if stores else (here, there)

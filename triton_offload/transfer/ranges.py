@@ -17,9 +17,6 @@ from triton_offload.transfer.layout import GroupRun
 # for one slice, 150 us at 55 GB/s.
 SLICE_BYTES = 8 << 20
 
-# A lane has some 600 operations under way: two batches, and a segment after theirs.
-_MOST_OPS_OF_A_BATCH = 256
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -90,12 +87,6 @@ def chunk_batches(
     for begin in range(0, len(slots), step):
         chunks = slice(begin, begin + step)
         yield slots[chunks].ravel(), here[chunks].ravel(), sizes[chunks].ravel()
-
-
-def batch_ops(sizes: Ids) -> int:
-    """How many operations a batch is to a lane's bound: as many as it has copies, but never so many
-    that the next segment would have to wait until it is done."""
-    return min(len(sizes), _MOST_OPS_OF_A_BATCH)
 
 
 def positions(slot: torch.Tensor, page: PageRow, begin: int, end: int) -> torch.Tensor:

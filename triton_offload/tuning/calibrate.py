@@ -13,14 +13,26 @@ from typing import Any, TypeVar
 
 import torch
 
-from triton_offload.calibration import Calibration, LaunchShape, Path, default_calibration
+from triton_offload.calibration import (
+    Calibration,
+    Launches,
+    LaunchShape,
+    Path,
+    default_calibration,
+)
 from triton_offload.device import Device, device_for
 from triton_offload.kernels.arguments import shown
 from triton_offload.specs import Direction
 from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.tuning.calibration_file import Machine, cache_file, load, read, save
-from triton_offload.tuning.fitting import Measurement, Measurements, fit, pick
+from triton_offload.tuning.fitting import (
+    LaunchMeasurement,
+    Measurement,
+    Measurements,
+    fit,
+    fit_launches,
+)
 from triton_offload.tuning.machine import identify
 from triton_offload.tuning.rig import RIG_BYTES, Rig
 
@@ -94,13 +106,11 @@ def measure(device: torch.device, progress: Progress, num_bytes: int) -> Measure
     """Time jobs of up to `num_bytes`: by every path at some page sizes and counts, and of small
     pages with several launches of the kernels and sizes of the staging buffers."""
     default = default_calibration(device.type)
-    staged = _by_shape(device, Path.STAGED, num_bytes)
-    zero_copy = _by_shape(device, Path.ZERO_COPY, num_bytes)
-    tuned = replace(
-        default,
-        staged=pick(default.staged, staged),
-        zero_copy=pick(default.zero_copy, zero_copy),
+    launches = (
+        *_by_shape(device, Path.STAGED, num_bytes),
+        *_by_shape(device, Path.ZERO_COPY, num_bytes),
     )
+    tuned = fit_launches(launches, default)
     progress(1, _STEPS)
     paths: list[Measurement] = []
     for step, page_bytes in enumerate(PAGE_BYTES, 2):
@@ -113,7 +123,7 @@ def measure(device: torch.device, progress: Progress, num_bytes: int) -> Measure
         }
         buffer_bytes = _both_ways(rig, sizes)
     progress(_STEPS, _STEPS)
-    return Measurements(tuple(paths), buffer_bytes, staged, zero_copy)
+    return Measurements(tuple(paths), buffer_bytes, launches)
 
 
 def _by_path(device: Device, page_bytes: int, num_bytes: int) -> list[Measurement]:
@@ -131,34 +141,42 @@ def _by_path(device: Device, page_bytes: int, num_bytes: int) -> list[Measuremen
         return measured
 
 
-def _by_shape(
-    device: torch.device, path: Path, num_bytes: int
-) -> tuple[tuple[LaunchShape | None, float], ...]:
+def _by_shape(device: torch.device, path: Path, num_bytes: int) -> list[LaunchMeasurement]:
+    """Seconds of a store, and of a load, of all pages."""
     if device.type == "cpu":
-        return ()
+        return []
     default = default_calibration(device.type)
     with Rig(device_for(device), _SMALL_PAGE_BYTES, num_bytes) as rig:
         if not rig.takes(path):
-            return ()
-        launched: dict[LaunchShape | None, tuple[PipelineOptions, Device]] = {}
+            return []
+        launched: dict[LaunchShape | None, tuple[PipelineOptions, Device | None]] = {}
         for shape in CROSSINGS[path].launch_shapes:
-            launch: dict[str, Any] = {path.value: shape}
+            launch: dict[str, Any] = {path.value: Launches(shape, shape)}
             launches = replace(default, **launch)
             launched[shape] = (PipelineOptions(path=path), device_for(device, launches))
-        return _both_ways(rig, launched)
+        return [
+            LaunchMeasurement(way, path, shape, seconds)
+            for way in Direction
+            for shape, seconds in _one_way(rig, launched, way).items()
+        ]
 
 
 def _both_ways(
     rig: Rig, choices: Mapping[Name, tuple[PipelineOptions, Device | None]]
 ) -> tuple[tuple[Name, float], ...]:
     """Seconds of a store and a load of all pages."""
-    took = []
-    for way in Direction:
-        pipelines = {name: rig.pipeline(way, *choice) for name, choice in choices.items()}
-        took.append(rig.seconds(pipelines, way, rig.num_pages))
-        rig.end_pipelines()
-    store, load = took
+    store, load = (_one_way(rig, choices, way) for way in Direction)
     return tuple((name, store[name] + load[name]) for name in store if name in load)
+
+
+def _one_way(
+    rig: Rig, choices: Mapping[Name, tuple[PipelineOptions, Device | None]], way: Direction
+) -> dict[Name, float]:
+    """Seconds of a store or a load of all pages."""
+    pipelines = {name: rig.pipeline(way, *choice) for name, choice in choices.items()}
+    took = rig.seconds(pipelines, way, rig.num_pages)
+    rig.end_pipelines()
+    return took
 
 
 def _measure_once(device: torch.device, machine: Machine, file: pathlib.Path) -> Calibration:

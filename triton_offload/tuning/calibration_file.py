@@ -10,10 +10,17 @@ import os
 import pathlib
 import tempfile
 
-from triton_offload.calibration import Calibration, LaunchShape, Path, PathRule, PathTable
+from triton_offload.calibration import (
+    Calibration,
+    Launches,
+    LaunchShape,
+    Path,
+    PathRule,
+    PathTable,
+)
 from triton_offload.specs import Direction
 
-FORMAT = 1
+FORMAT = 2
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +69,12 @@ def parse(text: str) -> tuple[Machine, Calibration]:
             for rule in table["rules"]
         ]
         for name in ("staged", "zero_copy"):
-            values[name] = None if values[name] is None else LaunchShape(**values[name])
+            values[name] = Launches(
+                **{
+                    way: None if shape is None else LaunchShape(**shape)
+                    for way, shape in dict(values[name]).items()
+                }
+            )
         paths = PathTable(Path(table["default"]), tuple(rules))
         return Machine(**data["machine"]), Calibration(paths, **values)
     except (KeyError, TypeError) as error:

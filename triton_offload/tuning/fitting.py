@@ -6,9 +6,16 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from triton_offload.calibration import Calibration, LaunchShape, Path, PathRule, PathTable
+from triton_offload.calibration import (
+    Calibration,
+    Launches,
+    LaunchShape,
+    Path,
+    PathRule,
+    PathTable,
+)
 from triton_offload.specs import Direction
 
 # By how much another choice must be faster to replace the default: what measurements on a quiet
@@ -30,25 +37,53 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchMeasurement:
+    """A job took `seconds` by `path`, its kernels launched in this shape (None: their own)."""
+
+    direction: Direction
+    path: Path
+    shape: LaunchShape | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measurements:
-    """Of one machine. The same job took so many seconds by each of the `buffer_bytes`, and by
-    each shape of a launch (None: the kernels' own): cheapest first."""
+    """Of one machine. The same job took so many seconds by each of the `buffer_bytes`, and by each
+    of the `launches` of a path and direction: cheapest first."""
 
     paths: tuple[Measurement, ...]
     buffer_bytes: tuple[tuple[int, float], ...] = ()
-    staged: tuple[tuple[LaunchShape | None, float], ...] = ()
-    zero_copy: tuple[tuple[LaunchShape | None, float], ...] = ()
+    launches: tuple[LaunchMeasurement, ...] = ()
 
 
 def fit(measured: Measurements, default: Calibration) -> Calibration:
     """`default`, except for what was measured to be faster by more than the margin."""
     return replace(
-        default,
+        fit_launches(measured.launches, default),
         paths=fit_paths(measured.paths, default.paths),
         buffer_bytes=pick(default.buffer_bytes, measured.buffer_bytes),
-        staged=pick(default.staged, measured.staged),
-        zero_copy=pick(default.zero_copy, measured.zero_copy),
     )
+
+
+def fit_launches(measured: Sequence[LaunchMeasurement], default: Calibration) -> Calibration:
+    """`default`, except for the launches that were measured: of each path and direction what `pick`
+    chooses."""
+    fitted: dict[str, Any] = {}
+    for path in {one.path for one in measured}:
+        launches: Launches = getattr(default, path.value)
+        store, load = (
+            pick(
+                launches.of(way),
+                [
+                    (one.shape, one.seconds)
+                    for one in measured
+                    if (one.path, one.direction) == (path, way)
+                ],
+            )
+            for way in (Direction.STORE, Direction.LOAD)
+        )
+        fitted[path.value] = Launches(store, load)
+    return replace(default, **fitted)
 
 
 def pick(default: Choice, measured: Sequence[tuple[Choice, float]]) -> Choice:

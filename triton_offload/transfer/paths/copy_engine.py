@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from triton_offload.calibration import Path
-from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.lane_streams import MOST_COPIES, LaneStreams
+from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.paths.base import Crossing, Role
-from triton_offload.transfer.ranges import addresses, batch_ops
+from triton_offload.transfer.ranges import addresses
 from triton_offload.transfer.segment import Gate, Queued, Segment
 
 
@@ -14,6 +15,10 @@ class CopyEngine(Crossing):
     stands_in = Path.STAGED
     where_unbatched = Path.STAGED
 
+    def max_chunks(self, streams: LaneStreams, run: GroupRun) -> int:
+        pages_of_chunk = run.group.table.blocks_per_chunk * len(run.group.table.pages)
+        return min(super().max_chunks(streams, run), MOST_COPIES // pages_of_chunk)
+
     def store(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         copies, marks = streams.copies, segment.marks
         slots.hold(copies)  # ordering rule 6
@@ -21,7 +26,7 @@ class CopyEngine(Crossing):
         pages.hold(copies)  # ordering rule 1
         page, slot, sizes = addresses(segment.run, streams.pool)
         streams.device.copy_batch(slot, page, sizes, copies)
-        return streams.end(copies, ops + batch_ops(sizes))
+        return streams.end(copies, ops + len(sizes))
 
     def load(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         copies = streams.copies
@@ -29,4 +34,4 @@ class CopyEngine(Crossing):
         pages.hold(copies)  # ordering rule 2
         page, slot, sizes = addresses(segment.run, streams.pool)
         streams.device.copy_batch(page, slot, sizes, copies)
-        return streams.end(copies, 1 + batch_ops(sizes))
+        return streams.end(copies, 1 + len(sizes))

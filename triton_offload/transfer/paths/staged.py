@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from triton_offload.calibration import LaunchShape, Path
-from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.lane_streams import MOST_COPIES, LaneStreams
 from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.paths.base import Crossing, Role
 from triton_offload.transfer.ranges import positions
@@ -21,6 +21,10 @@ class Staged(Crossing):
     load_roles = (Role.COPIES, Role.KERNELS)
     stands_in = Path.COPY_ENGINE
     launch_shapes = (LaunchShape(8, 8), None, LaunchShape(32, 8), LaunchShape(32, 4))
+
+    def max_chunks(self, streams: LaneStreams, run: GroupRun) -> int:
+        most = MOST_COPIES // len(run.group.byte_ranges)  # where no two of its slots are adjacent
+        return min(super().max_chunks(streams, run), most)
 
     def short_chunks(self, run: GroupRun) -> int:
         return max(1, SHORT_BYTES // run.group.packed.slot_bytes)
