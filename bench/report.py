@@ -306,7 +306,8 @@ def executed(results: Results) -> str:
             heading("Kernels, executed by an imitated card"),
             f"One launch that moves 1 MiB, compiled for {targets}: counts of an imitated card that "
             "runs the PTX, no times. Waits for the host: round trips that a CTA makes one after "
-            "the other.\n",
+            "the other. vLLM launches its kernel for loads (scatter) of pages below 28 KiB; its "
+            "other rows are what it would come to.\n",
             table(columns, rows),
         ]
     )

@@ -31,6 +31,7 @@ KIB = 1024
 JOB_BYTES = 1024 * KIB
 PAGE_KIB = (4, 16, 64)
 TARGET = "sm_90"
+ALLOCATION_ALIGNMENT = 256  # of CUDA's allocations, at least
 PEER_PROGRAMS = 12  # what vLLM launches
 
 
@@ -41,13 +42,19 @@ class Job:
         self.count = JOB_BYTES // page_bytes
         self.page_bytes = page_bytes
         generator = torch.Generator().manual_seed(page_bytes)
-        shape = (2, self.count, page_bytes)
-        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self.pages, self.slots = noise[0].clone(), noise[1].clone()
+        self.pages, self.slots = (noise(self.count, page_bytes, generator) for _ in range(2))
         self.blocks = torch.randperm(self.count, generator=generator)
 
     def check(self) -> None:
         assert torch.equal(self.pages[self.blocks], self.slots)
+
+
+def noise(count: int, page_bytes: int, generator: torch.Generator) -> torch.Tensor:
+    """In memory that begins with a line, as what a driver allocates does."""
+    num_bytes = count * page_bytes + ALLOCATION_ALIGNMENT
+    data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    begin = -data.data_ptr() % ALLOCATION_ALIGNMENT
+    return data[begin : begin + count * page_bytes].view(count, page_bytes)
 
 
 def ours(job: Job, direction: str, *, zero_copy: bool) -> tuple[Counters, int]:
