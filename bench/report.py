@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from cards import Card
+from predictions import beside, predicted, predicted_limit
 from promises import promises
 from report_gpu import gpu_sections
+from report_host import host
 from results import (
     OURS,
     Record,
@@ -21,7 +24,6 @@ from results import (
     contenders_in,
     crossover,
     size_name,
-    slope,
     time_name,
 )
 from tables import heading, image, table
@@ -33,6 +35,7 @@ def build(results: Results, plots: Sequence[Path]) -> str:
     parts = [
         "# Benchmarks of triton-offload\n",
         what_this_is(results),
+        steps(results),
         machine(results),
         promises(results),
         transfers(results, drawn),
@@ -40,6 +43,7 @@ def build(results: Results, plots: Sequence[Path]) -> str:
         interference(results, drawn),
         host(results, drawn),
         static(results),
+        executed(results),
         managers(results),
         not_measured(results),
     ]
@@ -60,6 +64,23 @@ def what_this_is(results: Results) -> str:
         "transfers run from submission to the last byte, with cold caches, in turn with one plain "
         "copy of the same bytes: *limit* is what that copy reached.\n"
     )
+
+
+def steps(results: Results) -> str:
+    """What was run, in order, and whether the bytes were right."""
+    if not results.steps:
+        return ""
+    rows = [[name, outcome, f"{seconds:.0f} s"] for name, outcome, seconds in results.steps]
+    failed = (
+        ""
+        if results.steps[0][1] == "passed"
+        else (
+            "**Correctness failed, and nothing was measured: no figure of speed means anything "
+            "here.**\n"
+        )
+    )
+    words = f"{results.passed} tests of kernels and paths passed on this card.\n"
+    return "\n".join([heading("Steps"), failed, words, table(["step", "", "took"], rows)])
 
 
 def machine(results: Results) -> str:
@@ -83,6 +104,7 @@ def transfers(results: Results, drawn: dict[str, str]) -> str:
         heading("Transfers"),
         f"GB/s, and in brackets the share of {limit} of the same bytes. Blocks are scattered, "
         "slots adjacent."
+        + _beside_words(results)
         + ("" if results.on_gpu else " On the CPU the copy engine is a memmove for every page.")
         + "\n",
         image(drawn, "bandwidth"),
@@ -90,7 +112,7 @@ def transfers(results: Results, drawn: dict[str, str]) -> str:
     ]
     for direction in ("store", "load"):
         mine = [record for record in records if record["direction"] == direction]
-        parts.append(heading(f"{direction}, alone", 3) + _grid(mine))
+        parts.append(heading(f"{direction}, alone", 3) + _grid(mine, results.card))
         rows = [
             [
                 size_name(size),
@@ -139,7 +161,7 @@ def _more_transfers(results: Results) -> str:
         parts += [
             heading("Both directions at once", 3),
             "GB/s of both together; the limit is two plain copies, one each way.\n",
-            _grid(both),
+            _grid(both, results.card),
         ]
     slots = results.of("slots")
     for name, words in (
@@ -164,7 +186,16 @@ def _more_transfers(results: Results) -> str:
     return "\n".join(parts)
 
 
-def _grid(records: Sequence[Record]) -> str:
+def _beside_words(results: Results) -> str:
+    if results.card is None:
+        return ""
+    return (
+        f" In square brackets, what the model predicts for this card ({results.card.name}, "
+        f"{results.card.link.name}), and by how much the measurement is off that."
+    )
+
+
+def _grid(records: Sequence[Record], card: Card | None = None) -> str:
     """A row for each job. The limit is the median over all that were timed beside it."""
     names = contenders_in(records)
     points = sorted({(record["page_bytes"], record["pages"]) for record in records})
@@ -172,12 +203,17 @@ def _grid(records: Sequence[Record]) -> str:
     for size, pages in points:
         here = [r for r in records if (r["page_bytes"], r["pages"]) == (size, pages)]
         limit = statistics.median(record["limit_gb_per_s"] for record in here)
-        speeds = {record["contender"]: record["gb_per_s"] for record in here}
-        cells = [
-            f"{speeds[name]:.3g} ({speeds[name] / limit:.2f})" if name in speeds else "-"
-            for name in names
-        ]
-        rows.append([size_name(size), f"{pages:,}", f"{limit:.3g}", *cells])
+        found = {record["contender"]: record for record in here}
+        cells = []
+        for name in names:
+            if name not in found:
+                cells.append("-")
+                continue
+            speed = found[name]["gb_per_s"]
+            expected = predicted(found[name], card)
+            cells.append(f"{speed:.3g} ({speed / limit:.2f}){beside(speed, expected)}")
+        most = f"{limit:.3g}{beside(limit, predicted_limit(here[0], card))}"
+        rows.append([size_name(size), f"{pages:,}", most, *cells])
     return table(["page", "pages", "limit", *names], rows)
 
 
@@ -211,97 +247,6 @@ def interference(results: Results, drawn: dict[str, str]) -> str:
     )
 
 
-def host(results: Results, drawn: dict[str, str]) -> str:
-    """Planning, submission, launches, polling, pools."""
-    parts = [_planning(results, drawn), _submission(results)]
-    small = [
-        [f"`get_finished`, {r['jobs']} jobs in flight", time_name(r.seconds)]
-        for r in results.of("polling")
-    ]
-    small += [
-        [f"launch of a gather, {r['name']}", time_name(r.seconds)] for r in results.of("launch")
-    ]
-    if small:
-        parts.append(heading("Polling and launching", 3) + table(["call", "time"], small))
-    pools = [
-        [
-            size_name(r["bytes"]),
-            time_name(r["usable_seconds"]),
-            f"{time_name(r.seconds)} ({r.seconds / r['bytes'] * 1e9:.2f} s a GB)",
-            time_name(r["close_seconds"]),
-            time_name(r["torch_seconds"]),
-        ]
-        for r in results.of("pool")
-    ]
-    if pools:
-        pinned = results.of("pool")[0]["pinned"]
-        columns = ["size", "usable after", f"touched{' and pinned' * pinned} after", "closed in"]
-        parts.append(
-            heading("Starting a host pool", 3)
-            + table([*columns, f"torch, filled{' and pinned' * pinned}"], pools)
-        )
-    body = "\n".join(part for part in parts if part)
-    return heading("The host's part") + body if body else ""
-
-
-def _planning(results: Results, drawn: dict[str, str]) -> str:
-    rows = []
-    for r in results.of("planning"):
-        peer = r.get("peer_seconds")
-        theirs = [time_name(peer), f"{r['ratio']:.1f}"] if peer else ["-", "-"]
-        rows.append([f"{r['blocks']:,}", str(r["tensors"]), time_name(r.seconds), *theirs])
-    if not rows:
-        return ""
-    return "\n".join(
-        [
-            heading("Planning a job", 3),
-            "Ids checked, runs cut into segments; vLLM's fills a descriptor for each page.\n",
-            image(drawn, "planning"),
-            table(["blocks", "tensors", "ours", "vLLM's", "times ours"], rows),
-        ]
-    )
-
-
-def _submission(results: Results) -> str:
-    records = results.of("submission")
-    if not records:
-        return ""
-    rows = [
-        [
-            f"{r['blocks']:,}",
-            str(r["tensors"]),
-            r["path"],
-            r["slots"],
-            f"{r['segments']:,}",
-            time_name(r.seconds),
-        ]
-        for r in records
-    ]
-    # Jobs of one tensor count, so that planning is the same but for the blocks.
-    segments = _slope_of(records, "segments", slots="adjacent", path="staged")
-    chunks = _slope_of(records, "blocks", slots="scattered", path="staged")
-    fitted = ""
-    if segments is not None:
-        fitted += f"By a line through these: {time_name(segments)} for each further segment"
-        fitted += "" if chunks is None else f", {time_name(chunks)} for each further scattered slot"
-        fitted += " (staged; a lane queues a bounded number of operations, the rest follows).\n"
-    if not results.on_gpu:
-        fitted += "No device takes part: what its driver or its threads take comes on top.\n"
-    columns = ["blocks", "tensors", "path", "slots", "segments", "`transfer_async`"]
-    return heading("Submitting a job", 3) + table(columns, rows) + "\n" + fitted
-
-
-def _slope_of(records: Iterable[Record], units: str, **facts: str) -> float | None:
-    """Of jobs that a lane queues at once: more than 512 scattered slots are not."""
-    chosen = [
-        record
-        for record in records
-        if all(record.get(name) == value for name, value in facts.items())
-        and (facts["slots"] == "adjacent" or record["blocks"] <= 512)
-    ]
-    return slope([(record[units], record.seconds) for record in chosen])
-
-
 def static(results: Results) -> str:
     records = results.of("static")
     if not records:
@@ -329,6 +274,41 @@ def _code(record: Record) -> str:
     flight = record["in_flight_bytes"] / 1024
     return (
         f"{record['access_bytes']} / {flight:.0f} / {record['registers']} / {record['stack_bytes']}"
+    )
+
+
+def executed(results: Results) -> str:
+    """Counts of an imitated card, and so called."""
+    rows = []
+    for record in results.of("executed"):
+        widths = ", ".join(f"{n:,} of {width} B" for width, n in record["accesses"].items())
+        rows.append(
+            [
+                record["kernel"],
+                record["direction"],
+                size_name(record["page_bytes"]),
+                str(record["programs"]),
+                widths,
+                f"{record['lines_of_access']:.1f}",
+                f"{record['in_flight_bytes'] / 1024:.1f}",
+                str(record["host_round_trips"]),
+                f"{record['instructions']:.1f}",
+            ]
+        )
+    if not rows:
+        return ""
+    targets = ", ".join(dict.fromkeys(record["target"] for record in results.of("executed")))
+    columns = ["kernel", "direction", "pages", "CTAs", "accesses of threads"]
+    columns += ["lines of a warp's access", "KiB in flight a CTA", "waits for the host"]
+    columns += ["instructions per 16 B"]
+    return "\n".join(
+        [
+            heading("Kernels, executed by an imitated card"),
+            f"One launch that moves 1 MiB, compiled for {targets}: counts of an imitated card that "
+            "runs the PTX, no times. Waits for the host: round trips that a CTA makes one after "
+            "the other.\n",
+            table(columns, rows),
+        ]
     )
 
 
@@ -360,7 +340,7 @@ def not_measured(results: Results) -> str:
         parts.append(
             "Everything that needs a GPU: the kernels' bandwidth, transfers over the link by "
             "every path, vLLM's worker, batched copies, what transfers cost a model on the GPU, "
-            "how the copy engine arbitrates, launches, and pinning. `make bench-gpu` measures "
+            "how the copy engine arbitrates, launches, and pinning. `make gpu` measures "
             "them on a machine that has one.\n"
         )
     if rows:
@@ -368,3 +348,19 @@ def not_measured(results: Results) -> str:
     if results.failed:
         parts.append("**Failed:**\n\n" + "".join(f"- `{name}`\n" for name in results.failed))
     return "\n".join(parts)
+
+
+def write_report(out: Path, *, plots: bool = True) -> Path:
+    """`report.md` and its plots, from the JSON files in `out`."""
+    results = Results.load(out)
+    drawn: list[Path] = []
+    if plots:
+        try:
+            from plots import draw_all
+
+            drawn = draw_all(results, out)
+        except ImportError as error:
+            print(f"no plots: {error}")
+    report = out / "report.md"
+    report.write_text(build(results, drawn))
+    return report

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 
 from arbitration import WindowTrial, infer_arbitration, windows_that_suffice
+from cards import Card
+from predictions import beside, predicted, predicted_wait
 from results import Record, Results, size_name, time_name
 from tables import heading, image, table
 
@@ -27,7 +29,7 @@ def kernels(results: Results, drawn: dict[str, str]) -> str:
             row = [size_name(size), f"{pages:,}"]
             for name in names:
                 found = results.of("kernel", name=name, page_bytes=size, pages=pages)
-                row.append(_speed(found[0]) if found else "-")
+                row.append(_speed(found[0], results.card) if found else "-")
             rows.append(row)
         parts += [
             heading("Kernels in device memory"),
@@ -45,7 +47,7 @@ def kernels(results: Results, drawn: dict[str, str]) -> str:
             row = [memory, name, size_name(size)]
             for count in counts:
                 found = results.of("ctas", memory=memory, name=name, page_bytes=size, ctas=count)
-                row.append(f"{found[0]['gb_per_s']:.4g}" if found else "-")
+                row.append(_swept(found[0], results.card) if found else "-")
             rows.append(row)
         parts += [
             heading("How many CTAs it takes", 3),
@@ -56,9 +58,15 @@ def kernels(results: Results, drawn: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _speed(record: Record) -> str:
-    a_cta = record.get("gb_per_s_per_cta")
-    return f"{record['gb_per_s']:.4g}" + (f" ({a_cta:.3g})" if a_cta else "")
+def _speed(record: Record, card: Card | None) -> str:
+    a_cta, speed = record.get("gb_per_s_per_cta"), record["gb_per_s"]
+    text = f"{speed:.4g}" + (f" ({a_cta:.3g})" if a_cta else "")
+    return text + beside(speed, predicted(record, card))
+
+
+def _swept(record: Record, card: Card | None) -> str:
+    speed = record["gb_per_s"]
+    return f"{speed:.4g}{beside(speed, predicted(record, card))}"
 
 
 def small_copy(results: Results) -> str:
@@ -103,6 +111,12 @@ def small_copy(results: Results) -> str:
         words = (
             f"A window of {size_name(enough[0])} is the widest that keeps every wait under "
             f"{time_name(TARGET_SECONDS)}."
+        )
+    wait = predicted_wait(results.card)
+    if wait is not None:
+        words += (
+            f" Where an engine serves streams in turn, the model predicts a wait of "
+            f"{time_name(wait)} for this card."
         )
     columns = ["window", "alone", "median wait", "longest", "load, GB/s", "what the engine does"]
     return "\n".join(

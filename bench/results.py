@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cards import Card, card_of
+
 from triton_offload.sizes import format_bytes
 
 #: the order in which contenders are shown
@@ -28,6 +30,7 @@ CONTENDERS = (
 PATHS = CONTENDERS[:3]
 OURS = CONTENDERS[:4]
 ONE_COPY = CONTENDERS[-1]  # one plain copy of the same bytes: the limit
+CORRECTNESS = "correctness"  # the step that comes before all figures
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,20 @@ class Results:
     skipped: dict[str, Counter[str]] = field(default_factory=dict)  # by suite: reason, how often
     failed: tuple[str, ...] = ()
     seconds: float = 0.0
+    steps: tuple[tuple[str, str, float], ...] = ()
+    """Of a run in steps: name, outcome, seconds."""
+    passed: int = 0
+    """Tests of correctness."""
 
     @classmethod
     def load(cls, folder: Path) -> Results:
-        """From `SUITE.json` (pytest-benchmark's) and `SUITE.notes.json` in `folder`."""
+        """From `SUITE.records.jsonl` and `SUITE.notes.json` in `folder`; of a process that was
+        ended there are no notes."""
         records: list[Record] = []
         facts: dict[str, str] = {}
         skipped: dict[str, Counter[str]] = {}
         failed: list[str] = []
-        seconds = 0.0
+        seconds, passed = 0.0, 0
         for file in sorted(folder.glob("*.notes.json")):
             suite = file.name.removesuffix(".notes.json")
             notes = json.loads(file.read_text())
@@ -71,14 +79,25 @@ class Results:
             skipped[suite] = Counter(notes["skipped"])
             failed += notes["failed"]
             seconds += notes["seconds"]
-            data = folder / f"{suite}.json"
-            if data.is_file():
-                records += _records(suite, json.loads(data.read_text())["benchmarks"])
-        return cls(tuple(records), facts, skipped, tuple(failed), seconds)
+            if suite == CORRECTNESS:
+                passed = notes["passed"]
+        for file in sorted(folder.glob("*.records.jsonl")):
+            records += _read(file.name.removesuffix(".records.jsonl"), file)
+        file = folder / "steps.json"
+        steps = tuple(map(tuple, json.loads(file.read_text()))) if file.is_file() else ()
+        return cls(tuple(records), facts, skipped, tuple(failed), seconds, steps, passed)
 
     @property
     def on_gpu(self) -> bool:
+        """Of records that a run without any has not made yet, what the machine says."""
+        if not self.records:
+            return self.facts.get("GPU", "none") != "none"
         return any(record.get("device") == "gpu" for record in self.records)
+
+    @property
+    def card(self) -> Card | None:
+        """The card that the model predicts for; None without a GPU that it knows enough of."""
+        return card_of(self.facts) if self.on_gpu else None
 
     @property
     def default_contender(self) -> str:
@@ -95,14 +114,23 @@ class Results:
         ]
 
 
-def _records(suite: str, benchmarks: Iterable[dict[str, Any]]) -> list[Record]:
-    found = []
-    for benchmark in benchmarks:
-        stats, facts = benchmark["stats"], dict(benchmark["extra_info"])
-        facts.setdefault("group", benchmark["group"])
-        facts.setdefault("test", benchmark["name"])
-        found.append(Record(suite, stats["median"], stats["min"], facts))
-    return found
+def clear(out: Path) -> None:
+    """Forget an earlier run's figures; nothing else in the folder is touched."""
+    for pattern in ("*.records.jsonl", "*.notes.json", "steps.json", "report.md"):
+        for stale in out.glob(pattern):
+            stale.unlink()
+
+
+def line_of(benchmark: Any) -> str:
+    """A measurement as a line of `SUITE.records.jsonl`. `benchmark`: pytest-benchmark's fixture."""
+    stats, facts = benchmark.stats.stats, {"group": benchmark.group, "test": benchmark.name}
+    found = {"median": stats.median, "min": stats.min, "facts": facts | benchmark.extra_info}
+    return json.dumps(found) + "\n"
+
+
+def _read(suite: str, file: Path) -> list[Record]:
+    found = map(json.loads, file.read_text().splitlines())
+    return [Record(suite, each["median"], each["min"], each["facts"]) for each in found]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from contenders import BatchedCopy, Contender, CopyPerPage, IndexSelect, Ours, P
 from peers import VLLMWorker
 from results import ONE_COPY, PATHS
 from results import OURS as ALL_OURS
-from timing import DEVICE, HAS_GPU, note, rounds_for, seconds, synchronize
+from sizes import HAS_GPU, SIZES
+from timing import DEVICE, note, rounds_for, seconds, synchronize
 from world import World
 
 from triton_offload.specs import Direction
@@ -30,9 +31,6 @@ _BUILD: dict[str, Callable[[World], Contender]] = {
     ONE_COPY: lambda world: PlainCopy(world.num_bytes),
 }
 _MOVES_NO_PAGES = ("whole slots", ONE_COPY)
-
-# Larger than the last cache of the processor that the figures of the CPU come from (32 MiB).
-_COLD_BYTES = 512 << 20 if HAS_GPU else 64 << 20
 
 
 class Stage:
@@ -68,7 +66,7 @@ class Stage:
     def cold(self) -> None:
         """Push everything out of the caches."""
         if self._cold is None:
-            self._cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=DEVICE)
+            self._cold = torch.empty(SIZES.cold_bytes, dtype=torch.uint8, device=DEVICE)
         self._cold.zero_()
         synchronize()
 

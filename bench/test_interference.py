@@ -19,22 +19,20 @@ import pytest
 import torch
 from contenders import Contender, Ours
 from results import ONE_COPY
+from sizes import HAS_GPU, SIZES
 from stage import OURS, Stage
-from timing import DEVICE, HAS_GPU, device_seconds, needs_gpu, note, seconds, synchronize
-from world import GIB, KIB, MIB, World
+from timing import DEVICE, device_seconds, needs_gpu, note, seconds, synchronize
+from units import KIB, MIB
+from world import World
 
 from triton_offload.kernels import pages
 from triton_offload.specs import Direction
 from triton_offload.transfer.ranges import SLICE_BYTES
 
-JOB_BYTES = 512 * MIB if HAS_GPU else 32 * MIB
-OUTLAST = (
-    10 if HAS_GPU else 5
-)  # jobs are queued one behind the other until they last as many repetitions
+# Jobs are queued one behind the other until they last as long as so many repetitions.
+OUTLAST = SIZES.outlast
 MOST_JOBS = 64
 PAGE_BYTES = 32 * KIB
-REPEATS = 12
-BURST_BYTES = 4 * GIB
 BURST_PAGE_BYTES = 64 * KIB
 SMALL_BYTES = 4 * KIB
 WINDOWS = [None, 256 * MIB, 64 * MIB, 16 * MIB]
@@ -44,7 +42,8 @@ Model = Callable[[], object]
 
 def matrix_product() -> Model:
     """Bound by arithmetic: every SM (every core) is wanted."""
-    size, dtype, repeats = (4096, torch.bfloat16, 10) if HAS_GPU else (512, torch.float32, 5)
+    size, repeats = SIZES.product
+    dtype = torch.bfloat16 if HAS_GPU else torch.float32
     a, b = (torch.ones(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: [torch.mm(a, b, out=out) for _ in range(repeats)]
@@ -52,18 +51,19 @@ def matrix_product() -> Model:
 
 def decode() -> Model:
     """Bound by memory: weights of 512 MiB (on the CPU 64) read for eight tokens."""
-    size, dtype, repeats = (16_384, torch.bfloat16, 5) if HAS_GPU else (4096, torch.float32, 1)
+    size, repeats = SIZES.weights
+    dtype = torch.bfloat16 if HAS_GPU else torch.float32
     weights = torch.ones(size, size, dtype=dtype, device=DEVICE)
     tokens = torch.ones(8, size, dtype=dtype, device=DEVICE)
     return lambda: [torch.nn.functional.linear(tokens, weights) for _ in range(repeats)]
 
 
 def small_kernels() -> Model:
-    """A chain of 300 kernels that each wait for the one before."""
+    """A chain of kernels that each wait for the one before."""
     x = torch.ones(4096, device=DEVICE)
 
     def run() -> None:
-        for _ in range(300):
+        for _ in range(SIZES.kernels):
             x.add_(1)
 
     return run
@@ -98,7 +98,7 @@ def test_slowdown(
 ) -> None:
     if name not in OURS and not HAS_GPU:
         pytest.skip("on the CPU peers do their work on the caller's thread: nothing runs beside it")
-    job = PAGE_BYTES, JOB_BYTES // PAGE_BYTES, "adjacent"
+    job = PAGE_BYTES, SIZES.beside_bytes // PAGE_BYTES, "adjacent"
     world, _ = stage.world(*job)
     contender = stage.contender(name)
     model = MODELS[model_name]()
@@ -145,7 +145,7 @@ class SmallCopy:
 
     def __init__(self) -> None:
         self._host = torch.ones(SMALL_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._device = torch.empty_like(self._host, device="cuda")
+        self._device = torch.empty_like(self._host, device=DEVICE)
         self._stream = torch.cuda.Stream()
 
     def seconds(self) -> float:
@@ -161,7 +161,7 @@ class SmallCopy:
 def test_small_copy_during_a_load(benchmark: Any, stage: Stage, window: int | None) -> None:
     """4 KiB to the device while a load of 4 GiB is queued ahead, for several windows."""
     stage.clear()
-    world = World.build(BURST_PAGE_BYTES, BURST_BYTES // BURST_PAGE_BYTES)
+    world = World.build(BURST_PAGE_BYTES, SIZES.burst_bytes // BURST_PAGE_BYTES)
     loads = Ours(world, "staged", window)
     small = SmallCopy()
     loads.run(Direction.LOAD)
@@ -207,7 +207,8 @@ def test_scatter_behind_compute(benchmark: Any, stage: Stage, priority: int) -> 
     blocks, places = (torch.from_numpy(ids).to(DEVICE) for ids in world.ids(Direction.LOAD))
     config = pages.choose_config(zero_copy=False)
     stream = torch.cuda.Stream(priority=priority)
-    a = torch.ones(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    size, repeats = SIZES.busy_products
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=DEVICE)
     out = torch.empty_like(a)
     waits: list[float] = []
 
@@ -223,11 +224,14 @@ def test_scatter_behind_compute(benchmark: Any, stage: Stage, priority: int) -> 
     alone = statistics.median(scatter() for _ in range(10))
 
     def busy() -> None:
-        for _ in range(100):
+        for _ in range(repeats):
             torch.mm(a, a, out=out)
 
     benchmark.pedantic(
-        lambda: waits.append(scatter()), setup=busy, teardown=torch.cuda.synchronize, rounds=REPEATS
+        lambda: waits.append(scatter()),
+        setup=busy,
+        teardown=torch.cuda.synchronize,
+        rounds=SIZES.repeats,
     )
     note(
         benchmark,

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from timing import gpu_clock, needs_gpu, note, rounds_for, seconds
-from world import KIB, TENSORS, World, jobs
+from sizes import SIZES
+from timing import DEVICE, gpu_clock, needs_gpu, note, rounds_for, seconds
+from world import TENSORS, World, jobs
 
 from triton_offload.kernels import pages
 from triton_offload.kernels.tiling import KernelConfig
@@ -21,10 +22,8 @@ from triton_offload.specs import Direction
 
 pytestmark = [needs_gpu, pytest.mark.benchmark(timer=gpu_clock())]
 
-BUDGET = 0.05
+BUDGET = SIZES.kernel_budget
 GRID = jobs()
-CTAS = (1, 2, 4, 8, 16, 32, 64, 132)
-SWEPT_BYTES = 128 << 20
 MOVES = {"gather": pages.launch_gather, "scatter": pages.launch_scatter}
 
 
@@ -34,12 +33,12 @@ class Operands:
     def __init__(self, page_bytes: int, count: int, mapped: bool) -> None:
         world = World.build(page_bytes, count)
         shape = len(world.slot_ids), world.layout.slot_bytes
-        where: dict[str, Any] = {"pin_memory": True} if mapped else {"device": "cuda"}
+        where: dict[str, Any] = {"pin_memory": True} if mapped else {"device": DEVICE}
         self.table = world.layout.groups[0].table
         self.caches = world.caches
         self.slots = torch.zeros(shape, dtype=torch.uint8, **where)
-        self.blocks = torch.from_numpy(world.ids(Direction.STORE)[0]).cuda()
-        self.places = torch.from_numpy(world.ids(Direction.STORE)[1]).cuda()
+        self.blocks = torch.from_numpy(world.ids(Direction.STORE)[0]).to(DEVICE)
+        self.places = torch.from_numpy(world.ids(Direction.STORE)[1]).to(DEVICE)
         self.num_bytes = world.num_bytes
 
     def move(self, direction: str, config: KernelConfig) -> None:
@@ -109,14 +108,14 @@ def test_in_device_memory(benchmark: Any, operands: Any, job: tuple[int, int], n
 
 
 @pytest.mark.parametrize("direction", MOVES)
-@pytest.mark.parametrize("ctas", CTAS)
-@pytest.mark.parametrize("page_bytes", [512, 4 * KIB, 64 * KIB])
+@pytest.mark.parametrize("ctas", SIZES.ctas)
+@pytest.mark.parametrize("page_bytes", SIZES.swept_page_bytes)
 @pytest.mark.parametrize("mapped", [False, True], ids=["device", "mapped"])
 def test_ctas(
     benchmark: Any, operands: Any, mapped: bool, page_bytes: int, ctas: int, direction: str
 ) -> None:
     """How many CTAs the memory, or the link, needs."""
-    job = page_bytes, min(100_000, SWEPT_BYTES // page_bytes) // TENSORS * TENSORS
+    job = page_bytes, min(100_000, SIZES.swept_bytes // page_bytes) // TENSORS * TENSORS
     o: Operands = operands(*job, mapped)
     chosen = pages.choose_config(zero_copy=mapped)
     config = KernelConfig(chosen.warps, chosen.tile_bytes, ctas)

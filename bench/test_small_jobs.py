@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from contenders import _words
-from timing import HAS_GPU, note
-from world import KIB, World
+from sizes import HAS_GPU
+from timing import note
+from units import KIB
+from world import World
 
 from triton_offload import KVOffloader
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, LoadStoreSpec
@@ -61,7 +63,7 @@ def in_turn(benchmark: Any, ours: Call, peer: Call, before: Call, **facts: objec
 
 
 def peer_of(world: World, direction: str) -> Call:
-    """By torch, one call a tensor."""
+    """By torch, one call per tensor."""
     width = world.page_bytes
     slots = torch.zeros(len(world.block_ids), TENSORS * width, dtype=torch.int8)
     places = [_words(slots[:, i * width : (i + 1) * width]) for i in range(TENSORS)]

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from peers import VLLMWorker, vllm_planner
-from timing import DEVICE, HAS_GPU, needs_gpu, note, seconds
-from world import GIB, KIB, MIB, World
+from sizes import HAS_GPU, SIZES
+from timing import DEVICE, needs_gpu, note, seconds
+from units import KIB, MIB
+from world import World
 
 from triton_offload.calibration import Path
 from triton_offload.device import Device, device_for
@@ -29,13 +31,8 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 
-NUM_BLOCKS = 16_384
+NUM_BLOCKS = SIZES.num_blocks
 PAGE_BYTES = 1 * KIB
-BLOCKS = (8, 64, 512, 4096, 8192)
-TENSORS = (32, 80)
-SUBMITTED = (8, 512, 8192)
-PLAN_ROUNDS, SUBMIT_ROUNDS = 60, 15
-POOLS = [64 * MIB, 256 * MIB, 1 * GIB, *([8 * GIB] if HAS_GPU else [])]
 
 
 class IdleDevice(HostDevice):
@@ -96,8 +93,8 @@ def caches(num_tensors: int, device: torch.device = DEVICE) -> list[torch.Tensor
     return [torch.empty(shape, dtype=torch.int8, device=device) for _ in range(num_tensors)]
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("tensors", TENSORS)
+@pytest.mark.parametrize("blocks", SIZES.planned)
+@pytest.mark.parametrize("tensors", SIZES.tensors)
 def test_planning(benchmark: Any, tensors: int, blocks: int) -> None:
     """All that grows with the job, in turn with vLLM's descriptors for the same pages."""
     layout = CacheLayout(caches(tensors, torch.device("cpu")))
@@ -123,7 +120,7 @@ def test_planning(benchmark: Any, tensors: int, blocks: int) -> None:
             peer_seconds.append(time.perf_counter() - start)
 
     assert plan() == blocks
-    benchmark.pedantic(plan, setup=in_turn, rounds=PLAN_ROUNDS, warmup_rounds=5)
+    benchmark.pedantic(plan, setup=in_turn, rounds=SIZES.plan_rounds, warmup_rounds=5)
     note(benchmark, "planning", blocks=blocks, tensors=tensors)
     if peer_seconds:
         median = statistics.median(peer_seconds)
@@ -145,8 +142,8 @@ def idle_queue(tensors: int, path: Path) -> tuple[OffloadingQueueManager, HostPo
 
 @pytest.mark.parametrize("slots", ["adjacent", "scattered"])
 @pytest.mark.parametrize("path", Path, ids=lambda path: path.value)
-@pytest.mark.parametrize("blocks", SUBMITTED)
-@pytest.mark.parametrize("tensors", TENSORS)
+@pytest.mark.parametrize("blocks", SIZES.submitted)
+@pytest.mark.parametrize("tensors", SIZES.tensors)
 def test_submitting(benchmark: Any, tensors: int, blocks: int, path: Path, slots: str) -> None:
     """`transfer_async` as a whole: planning, and queueing what a lane may have in flight.
 
@@ -171,7 +168,7 @@ def test_submitting(benchmark: Any, tensors: int, blocks: int, path: Path, slots
         specs = GPULoadStoreSpec(block_ids), CPULoadStoreSpec(slot_ids, fresh=True)
         jobs.append(queue.transfer_async(*specs))
 
-    benchmark.pedantic(submit, setup=settle, rounds=SUBMIT_ROUNDS, warmup_rounds=3)
+    benchmark.pedantic(submit, setup=settle, rounds=SIZES.submit_rounds, warmup_rounds=3)
     settle()
     slots_of_buffer = PipelineOptions().buffer_bytes // (tensors * PAGE_BYTES)
     note(
@@ -188,8 +185,8 @@ def test_submitting(benchmark: Any, tensors: int, blocks: int, path: Path, slots
 
 
 @needs_gpu
-@pytest.mark.parametrize("blocks", SUBMITTED)
-@pytest.mark.parametrize("tensors", TENSORS)
+@pytest.mark.parametrize("blocks", SIZES.submitted)
+@pytest.mark.parametrize("tensors", SIZES.tensors)
 def test_submitting_to_vllm(benchmark: Any, tensors: int, blocks: int) -> None:
     """vLLM's `submit_store` as a whole: its descriptors, and the driver's part."""
     world = World.build(PAGE_BYTES, blocks * tensors, "recycled", tensors)
@@ -198,7 +195,7 @@ def test_submitting_to_vllm(benchmark: Any, tensors: int, blocks: int) -> None:
     benchmark.pedantic(
         lambda: worker.start(Direction.STORE),
         setup=worker.finish,
-        rounds=SUBMIT_ROUNDS,
+        rounds=SIZES.submit_rounds,
         warmup_rounds=3,
     )
     worker.finish()
@@ -251,7 +248,7 @@ def test_launching(benchmark: Any, zero_copy: bool) -> None:
     note(benchmark, "launch", name="zero copy" if zero_copy else "staged")
 
 
-@pytest.mark.parametrize("size", POOLS, ids=lambda size: f"{size >> 20} MiB")
+@pytest.mark.parametrize("size", SIZES.pools, ids=lambda size: f"{size >> 20} MiB")
 def test_starting_a_pool(benchmark: Any, size: int) -> None:
     """Until the pool is usable, touched, and pinned where the device can; beside one allocation
     by torch of the same size, pinned likewise."""

@@ -11,28 +11,29 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from results import size_name
+from sizes import HAS_GPU, SIZES
 from stage import OURS, PEERS, Stage, measure
-from timing import HAS_GPU
-from world import KIB, MIB, jobs
+from world import jobs
 
-from triton_offload.sizes import format_bytes
 from triton_offload.specs import Direction
 
-BUDGET = 0.15 if HAS_GPU else 0.2  # seconds of rounds for each
+BUDGET = SIZES.budget
 GRID = jobs()
-LAYOUT_BYTES = 256 * MIB if HAS_GPU else 32 * MIB
+LAYOUT_BYTES = SIZES.layout_bytes
+SMALL_PAGES = SIZES.layout_page_bytes[:2]
 EITHER = [(Direction.STORE,), (Direction.LOAD,)]
 both_ways = pytest.mark.parametrize("directions", EITHER, ids=["store", "load"])
 
 
 def name_of(job: tuple[int, int]) -> str:
-    return f"{format_bytes(job[0])} x {job[1]}".replace(".0", "")
+    return f"{size_name(job[0])} x {job[1]}"
 
 
 @both_ways
 @pytest.mark.parametrize("name", [*OURS, "vLLM"])
 @pytest.mark.parametrize("slots", ["recycled", "ranks"])
-@pytest.mark.parametrize("page_bytes", [4 * KIB, 64 * KIB], ids=["4 KiB", "64 KiB"])
+@pytest.mark.parametrize("page_bytes", SMALL_PAGES, ids=size_name)
 def test_slots(
     benchmark: Any,
     stage: Stage,
@@ -48,7 +49,7 @@ def test_slots(
 
 @both_ways
 @pytest.mark.parametrize("name", [*OURS, "vLLM", "whole slots"])
-@pytest.mark.parametrize("page_bytes", [4 * KIB, 64 * KIB], ids=["4 KiB", "64 KiB"])
+@pytest.mark.parametrize("page_bytes", SMALL_PAGES, ids=size_name)
 def test_a_group(
     benchmark: Any,
     stage: Stage,
@@ -62,9 +63,7 @@ def test_a_group(
 
 
 @pytest.mark.parametrize("name", [*OURS, *(PEERS if HAS_GPU else ())])
-@pytest.mark.parametrize(
-    "page_bytes", [4 * KIB, 64 * KIB, 2 * MIB], ids=["4 KiB", "64 KiB", "2 MiB"]
-)
+@pytest.mark.parametrize("page_bytes", SIZES.layout_page_bytes, ids=size_name)
 def test_both_at_once(benchmark: Any, stage: Stage, page_bytes: int, name: str) -> None:
     job = page_bytes, LAYOUT_BYTES // page_bytes, "duplex"
     measure(benchmark, stage, "both at once", name, tuple(Direction), job, BUDGET)

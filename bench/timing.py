@@ -9,16 +9,14 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from sizes import HAS_GPU, SIZES
 
-HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 #: what the figures are labelled with
 DEVICE_KIND = "gpu" if HAS_GPU else "host device"
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
-# Larger than any GPU's L2 (an H100 has 50 MB, a B200 126 MB).
-_FLUSH_BYTES = 512 << 20
 # The GPU is kept busy while the host queues what is timed; else the host's time is timed.
 _AHEAD_CYCLES = 300_000
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 25
@@ -72,7 +70,7 @@ def flush_and_run_ahead() -> None:
     """Overwrite the L2 cache, then keep the GPU busy while the host queues what is to be timed."""
     global _flushed
     if _flushed is None:
-        _flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        _flushed = torch.empty(SIZES.flush_bytes, dtype=torch.uint8, device=DEVICE)
     _flushed.zero_()
     torch.cuda._sleep(_AHEAD_CYCLES)
 

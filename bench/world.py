@@ -7,38 +7,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timing import DEVICE, HAS_GPU
+from sizes import HAS_GPU, SIZES
+from timing import DEVICE
 
 from triton_offload.device import device_for
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Direction, Ids
 from triton_offload.transfer.layout import CacheLayout
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 TENSORS = 16
 RANKS = 4
 GROUPS = 8
 
-PAGE_BYTES = (
-    (512, 2 * KIB, 4 * KIB, 16 * KIB, 64 * KIB, 512 * KIB, 2 * MIB)
-    if HAS_GPU
-    else (512, 4 * KIB, 64 * KIB, 2 * MIB)
-)
-PAGES = (16, 256, 4096, 100_000) if HAS_GPU else (16, 4096, 100_000)
-#: the largest job: caches are twice, and every contender has host memory of its own
-JOB_BYTES = 512 * MIB if HAS_GPU else 64 * MIB
 
-
-def jobs(limit: int = JOB_BYTES) -> list[tuple[int, int]]:
+def jobs(limit: int = SIZES.job_bytes) -> list[tuple[int, int]]:
     """(page bytes, pages): the grid, each page size up to `limit` bytes or the most pages.
 
     The largest job of every page size comes first, then the next: a run that is cut short still
     has all page sizes.
     """
     found = []
-    for page_bytes in PAGE_BYTES:
-        most = min(PAGES[-1], limit // page_bytes) // TENSORS * TENSORS
-        counts = [most, *(count for count in reversed(PAGES) if count < most)]
+    for page_bytes in SIZES.page_bytes:
+        most = min(SIZES.pages[-1], limit // page_bytes) // TENSORS * TENSORS
+        counts = [most, *(count for count in reversed(SIZES.pages) if count < most)]
         found += [(rank, page_bytes, count) for rank, count in enumerate(counts)]
     return [(page_bytes, count) for _, page_bytes, count in sorted(found)]
 

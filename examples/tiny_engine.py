@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from triton_offload import KVOffloader
 
-BLOCK, PER_CHUNK = 16, 2  # tokens a page holds, pages a chunk
+BLOCK, PER_CHUNK = 16, 2  # tokens per page, pages per chunk
 CHUNK = BLOCK * PER_CHUNK
 NEW_TOKENS = 8
 

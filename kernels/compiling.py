@@ -59,7 +59,7 @@ def compile_kernel(
         name: "constexpr" if name in constants else ARGUMENT_TYPES[name]
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    source = _source_class(kernel)(fn=kernel, signature=signature, constexprs=constants)
     # One stage: the loads of a tile are in flight together, there is nothing to pipeline. Floats
     # do not occur; fusing them is named because triton 3.9 warns where it is not.
     options = {"num_warps": spec.warps, "num_stages": 1, "enable_fp_fusion": False}
@@ -69,6 +69,14 @@ def compile_kernel(
 # Kernels that go with this module, when the interpreter has forgotten much of Triton, are unloaded
 # with an error.
 atexit.register(compile_kernel.cache_clear)
+
+
+def _source_class(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 @functools.cache

@@ -39,7 +39,8 @@ __all__ = [
 # A strip is the part of at most WORDS elements of every page of one tensor; a tile is that part of
 # PAGES pages. Tiles are numbered with the strips of the same pages together, and a program takes
 # tiles_per_program of them in a row, so that ids are read once per PAGES blocks: they may lie in
-# host memory, a round trip away.
+# host memory, a round trip away. While the bytes of a tile are on their way, a program reads where
+# the next tile lies. The tile after the last one has no page, and a row of the table all the same.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -57,28 +58,41 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     WORD_BYTES: tl.constexpr,  # noqa: N803
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
-    end = tl.minimum(tile + tiles_per_program, num_tiles)
-    for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
-        block, slot, position, live = _locate(
-            block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+    group = tile // num_strips
+    strip = tile % num_strips
+    block, slot, position = _locate(
+        block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+    )
+    source, stride = _row(strips, strip, 0)
+    elements = _elements(strips, strip, EXACT)
+    for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
+        live = group * PAGES + tl.arange(0, PAGES) < num_blocks
+        mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
+        cache = source + block * stride
+        # .cg: bytes are read once, L1 has no use for them.
+        words = tl.load(
+            _pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), mask=mask, cache_modifier=".cg"
         )
-        first_tile = group * num_strips
-        first_strip = tl.maximum(tile - first_tile, 0)
-        for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
-            mask = _mask(row, live, WORD_BYTES, WORDS, EXACT, PAGE_AXIS)
-            cache = tl.load(row) + block * tl.load(row + 1)
-            cache = _pointers(cache, WORD_BYTES, WORDS, PAGE_AXIS)
-            # .cg: bytes are read once, L1 has no use for them.
-            words = tl.load(cache, mask=mask, cache_modifier=".cg")
-            # Only now, while the bytes are on their way: registers hold one side's addresses.
-            place = slots + slot * stride_slot + tl.load(row + 3) + position * tl.load(row + 4)
-            tl.store(_pointers(place, WORD_BYTES, WORDS, PAGE_AXIS), words, mask=mask)
+        # Only now, while the bytes are on their way: registers hold one side's addresses.
+        target, pitch = _row(strips, strip, 3)
+        place = slots + slot * stride_slot + target + position * pitch
+        # And what the next loads need, so that they wait for nothing but these stores.
+        strip += 1
+        if strip == num_strips:
+            strip = 0
+            group += 1
+            block, slot, position = _locate(
+                block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+            )
+        source, stride = _row(strips, strip, 0)
+        elements = _elements(strips, strip, EXACT)
+        tl.store(_pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -96,28 +110,61 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     WORD_BYTES: tl.constexpr,  # noqa: N803
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
-    end = tl.minimum(tile + tiles_per_program, num_tiles)
-    for group in range(tile // num_strips, tl.cdiv(end, num_strips)):
-        block, slot, position, live = _locate(
-            block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+    group = tile // num_strips
+    strip = tile % num_strips
+    block, slot, position = _locate(
+        block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+    )
+    source, pitch = _row(strips, strip, 3)
+    elements = _elements(strips, strip, EXACT)
+    for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
+        live = group * PAGES + tl.arange(0, PAGES) < num_blocks
+        mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
+        place = slots + slot * stride_slot + source + position * pitch
+        # .cg: bytes are read once, L1 has no use for them.
+        words = tl.load(
+            _pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), mask=mask, cache_modifier=".cg"
         )
-        first_tile = group * num_strips
-        first_strip = tl.maximum(tile - first_tile, 0)
-        for strip in range(first_strip, tl.minimum(end - first_tile, num_strips)):
-            row = strips.to(tl.pointer_type(tl.int64)) + strip * 5
-            mask = _mask(row, live, WORD_BYTES, WORDS, EXACT, PAGE_AXIS)
-            place = slots + slot * stride_slot + tl.load(row + 3) + position * tl.load(row + 4)
-            place = _pointers(place, WORD_BYTES, WORDS, PAGE_AXIS)
-            # .cg: bytes are read once, L1 has no use for them.
-            words = tl.load(place, mask=mask, cache_modifier=".cg")
-            # Only now, while the bytes are on their way: registers hold one side's addresses.
-            cache = tl.load(row) + block * tl.load(row + 1)
-            tl.store(_pointers(cache, WORD_BYTES, WORDS, PAGE_AXIS), words, mask=mask)
+        # Only now, while the bytes are on their way: registers hold one side's addresses.
+        target, stride = _row(strips, strip, 0)
+        cache = target + block * stride
+        # And what the next loads need, so that they wait for nothing but these stores.
+        strip += 1
+        if strip == num_strips:
+            strip = 0
+            group += 1
+            block, slot, position = _locate(
+                block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
+            )
+        source, pitch = _row(strips, strip, 3)
+        elements = _elements(strips, strip, EXACT)
+        tl.store(_pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row(strips, strip, column):  # type: ignore[no-untyped-def]
+    """An address and the bytes between pages: of a strip in the cache (0) or in a slot (3)."""
+    row = strips.to(tl.pointer_type(tl.int64)) + strip * 5 + column
+    return tl.load(row), tl.load(row + 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _elements(  # type: ignore[no-untyped-def]
+    strips,
+    strip,
+    EXACT: tl.constexpr,  # noqa: N803
+):
+    """Elements of a strip; 0 where all have WORDS and nobody asks."""
+    elements = tl.full((), 0, tl.int64)
+    if not EXACT:
+        elements = tl.load(strips.to(tl.pointer_type(tl.int64)) + strip * 5 + 2)
+    return elements
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -130,19 +177,19 @@ def _locate(  # type: ignore[no-untyped-def]
     blocks_per_chunk,
     PAGES: tl.constexpr,  # noqa: N803
 ):
-    """Block id, slot id, position in the chunk, and whether there is such a page: [PAGES]."""
+    """Block id, slot id, and position in the chunk: [PAGES]."""
     page = first_page + tl.arange(0, PAGES)
     live = page < num_blocks
     run = first_block + page
     block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + page, mask=live, other=0)
     slot_id = slot_ids.to(tl.pointer_type(tl.int64)) + run // blocks_per_chunk
     slot = tl.load(slot_id, mask=live, other=0)
-    return block, slot, (run % blocks_per_chunk).to(tl.int64), live
+    return block, slot, run % blocks_per_chunk
 
 
-# Tiles have three axes: spans of words, pages, and the words of a span, which a warp moves in one
-# access. Warps are dealt to the words of a span, then to pages (PAGE_AXIS sees to it), so that a
-# thread has few pages, and of each one address and many offsets.
+# Tiles have three axes: spans of words, pages, and the words of a span. Warps are dealt to the
+# words of a span, then to pages (PAGE_AXIS sees to it), so that a thread has few pages, and of each
+# one address and many offsets.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -155,11 +202,10 @@ def _over_pages(values, PAGE_AXIS: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _words(  # type: ignore[no-untyped-def]
-    WORD_BYTES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
-    SPAN: tl.constexpr = min(WORDS, 64 if WORD_BYTES == 16 else 32)  # noqa: N806
     span = tl.arange(0, WORDS // SPAN) * SPAN
     lane = tl.arange(0, SPAN)[None, None, :]
     if PAGE_AXIS == 1:
@@ -170,18 +216,20 @@ def _words(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _mask(  # type: ignore[no-untyped-def]
-    row,
+    elements,
     live,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     mask = _over_pages(live, PAGE_AXIS)
     if not EXACT:
-        # With as many words as an access has, a multiple: else the mask makes accesses narrower.
-        elements = tl.multiple_of(tl.load(row + 2), 2 if WORD_BYTES == 16 else 1)
-        mask = mask & (_words(WORD_BYTES, WORDS, PAGE_AXIS) < elements)
+        if WORD_BYTES == 16:
+            # Even, and the compiler sees that it is: else the mask makes accesses narrower.
+            elements = elements // 2 * 2
+        mask = mask & (_words(WORDS, SPAN, PAGE_AXIS) < elements)
     return mask
 
 
@@ -190,6 +238,7 @@ def _pointers(  # type: ignore[no-untyped-def]
     address,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
 ):
     """Pointers to the words of a tile, of the strips' addresses int64 [PAGES]."""
@@ -204,7 +253,7 @@ def _pointers(  # type: ignore[no-untyped-def]
     strip = _over_pages(address, PAGE_AXIS).to(element)
     # The compiler can't see the alignment of what was read from a table.
     strip = tl.multiple_of(strip, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
-    return strip + _words(WORD_BYTES, WORDS, PAGE_AXIS)
+    return strip + _words(WORDS, SPAN, PAGE_AXIS)
 
 
 def gather_pages(
@@ -276,7 +325,7 @@ def launch_gather(
             memory. The caller leaves them as they are until the launch has run.
         first_block: Position of the first block in its chunk, in ``[0, B)``.
     """
-    _launch(_gather_kernel, table, block_ids, slots, slot_ids, first_block, config)
+    _launch("gather", table, block_ids, slots, slot_ids, first_block, config)
 
 
 def launch_scatter(
@@ -288,7 +337,7 @@ def launch_scatter(
     config: KernelConfig,
 ) -> None:
     """Queue ``scatter_pages`` for ids that were checked before; see ``launch_gather``."""
-    _launch(_scatter_kernel, table, block_ids, slots, slot_ids, first_block, config)
+    _launch("scatter", table, block_ids, slots, slot_ids, first_block, config)
 
 
 def prepare(
@@ -309,9 +358,19 @@ def prepare(
     both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
     for each in both if config is None else [config]:
         for spec, _ in _plan(table, slots_alignment, each):
-            for kernel in (_gather_kernel, _scatter_kernel):
+            for kernel in (kernel_of("gather", spec), kernel_of("scatter", spec)):
                 if not compiling.is_interpreted(kernel):
                     compiling.load_kernel(kernel, spec, table.device)
+
+
+def kernel_of(direction: Direction, spec: KernelSpec) -> Any:
+    """The kernel that moves tiles of ``spec``."""
+    if spec.stages > 1:
+        # Gluon is loaded where it is asked for: not every Triton has it.
+        from .ring import KERNELS
+
+        return KERNELS[direction]
+    return _gather_kernel if direction == "gather" else _scatter_kernel
 
 
 def _transfer(
@@ -338,12 +397,11 @@ def _transfer(
         )
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
-    kernel = _gather_kernel if direction == "gather" else _scatter_kernel
-    _launch(kernel, table, blocks, slots, chunk_slots, run.first_block, config)
+    _launch(direction, table, blocks, slots, chunk_slots, run.first_block, config)
 
 
 def _launch(
-    kernel: Any,
+    direction: Direction,
     table: PageTable,
     block_ids: torch.Tensor,
     slots: torch.Tensor,
@@ -360,8 +418,8 @@ def _launch(
     for spec, strips in _plan(table, alignment_of(address, stride_slot), config):
         num_strips = strips.shape[0]
         num_tiles = num_strips * -(-num_blocks // spec.pages)
-        # The kernels count both in 32 bits, up to the end of the last program and tile.
-        end = first_block + num_blocks + spec.pages
+        # The kernels count both in 32 bits, up to the last program's end and past the tile after.
+        end = first_block + num_blocks + 2 * spec.pages
         if max(num_tiles + config.programs, end) >= 2**31:
             raise ValueError(
                 f"block_ids: expected fewer than 2**31 blocks and tiles a launch, got "
@@ -381,14 +439,14 @@ def _launch(
             tiles_per_program,
         )
         programs = -(-num_tiles // tiles_per_program)
-        compiling.launch(kernel, spec, table.device, programs, arguments)
+        compiling.launch(kernel_of(direction, spec), spec, table.device, programs, arguments)
 
 
 def _plan(
     table: PageTable, slots_alignment: int, config: KernelConfig
 ) -> list[tuple[KernelSpec, torch.Tensor]]:
     """Kernels of a transfer and their strips on the device; made once, kept with the table."""
-    key = slots_alignment, config.warps, config.tile_bytes
+    key = slots_alignment, config.warps, config.tile_bytes, config.stages
     plan = table.launch_plans.get(key)
     if plan is None:
         with torch.inference_mode(False):  # other threads will use it, outside of it

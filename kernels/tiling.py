@@ -28,13 +28,23 @@ class KernelConfig:
     of less than 128 bytes, whose ids take up the registers."""
     programs: int
     """CTAs of a launch: how many SMs it may keep busy."""
+    stages: int = 1
+    """Tiles that a CTA has in flight: one, in registers, or more, in a ring in shared memory, which
+    holds them all. A ring is for NVIDIA; words narrower than 16 bytes have none, and what registers
+    hold for a tile. A power of two."""
 
     def __post_init__(self) -> None:
-        for name, least in (("warps", 1), ("tile_bytes", 1024)):
+        for name, least in (("warps", 1), ("tile_bytes", 1024), ("stages", 1)):
             value = as_integer(name, getattr(self, name), least)
             if value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two, got {value}")
         as_integer("programs", self.programs, 1)
+
+
+def ring_config(programs: int) -> KernelConfig:
+    """128 KiB in flight a CTA as in ``choose_config``, in shared memory: an eighth of the threads
+    and registers, and most of the shared memory of an SM (of 163 KiB on sm_80, 227 on sm_90)."""
+    return KernelConfig(warps=4, tile_bytes=8 * 1024, programs=programs, stages=16)
 
 
 def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
@@ -68,6 +78,8 @@ class KernelSpec:
     exact: bool
     """Every strip of a page has exactly ``words`` elements: no mask over them."""
     warps: int
+    stages: int = 1
+    """Tiles in flight: one in registers, or a ring of them in shared memory."""
 
     @property
     def element_bytes(self) -> int:
@@ -76,14 +88,35 @@ class KernelSpec:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes that one CTA has in flight."""
+        """Bytes of a tile; as many as one CTA has in flight, but for a ring."""
         return self.pages * self.words * self.element_bytes
 
+    @property
+    def span(self) -> int:
+        """Elements of a page that its threads move in one access each: a warp's, or fewer where a
+        thread then has fewer pages, and fewer addresses to keep; but never a part of a line."""
+        of_warp = 32 * (self.word_bytes // self.element_bytes)
+        of_page = self.warps * of_warp // self.pages
+        # Two warps of a page share a span: triton 3.6 else keeps an offset for each access, for it
+        # takes the highest bit of a thread's number as a choice between constants.
+        span = of_page if of_page <= 2 * of_warp else of_warp
+        return min(self.words, max(_line_elements(self.word_bytes), span))
+
     def constants(self) -> dict[str, int | bool]:
+        """Of the kernel that moves such tiles, in the order of its parameters."""
+        if self.stages > 1:
+            return {
+                "PAGES": self.pages,
+                "WORDS": self.words,
+                "EXACT": self.exact,
+                "WARPS": self.warps,
+                "STAGES": self.stages,
+            }
         return {
             "WORD_BYTES": self.word_bytes,
             "PAGES": self.pages,
             "WORDS": self.words,
+            "SPAN": self.span,
             "EXACT": self.exact,
             "PAGE_AXIS": PAGE_AXIS,
         }
@@ -103,11 +136,13 @@ def cut_into_strips(
     for word_bytes in sorted(set(words), reverse=True):
         rows = [row for row, word in zip(table.pages, words, strict=True) if word == word_bytes]
         item = min(word_bytes, 8)
+        stages = config.stages if word_bytes == 16 else 1
+        tile_bytes = config.tile_bytes if stages == config.stages else config.warps * 4096
         # As many elements a thread for narrow words as for wide ones: registers are the limit.
-        tile = max(1, config.tile_bytes // 8)
+        tile = max(1, tile_bytes // 8)
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
-        pages = min(pages, _most_pages(word_bytes, width, exact, config.warps))
+        pages = min(pages, _most_pages(word_bytes, width, config.warps))
         strips = [
             (
                 row.view.data_ptr() + start,
@@ -119,18 +154,24 @@ def cut_into_strips(
             for row in rows
             for start in range(0, row.page_bytes, width * item)
         ]
-        spec = KernelSpec(word_bytes, pages, width, exact, config.warps)
+        spec = KernelSpec(word_bytes, pages, width, exact, config.warps, stages)
         plan.append((spec, np.array(strips, dtype=np.int64)))
     return plan
 
 
-def _most_pages(word_bytes: int, width: int, exact: bool, warps: int) -> int:
+def _most_pages(word_bytes: int, width: int, warps: int) -> int:
     """Pages of a tile for which the ids that its threads keep still fit their registers: measured
     as the most without a spill at 64 registers, for triton 3.6 and 3.9, sm_80 to sm_100."""
-    lanes_elements = 32 * (word_bytes // min(word_bytes, 8))
-    pages_of_warp = max(1, lanes_elements // width)
-    pages_of_thread = 8 if exact and word_bytes == 16 and width == 16 else 4
+    item = min(word_bytes, 8)
+    line = min(width, _line_elements(word_bytes))
+    pages_of_warp = 32 * (word_bytes // item) // line
+    pages_of_thread = 4 if width <= (line if item == 8 else 2 * line) else 2
     return warps * pages_of_warp * pages_of_thread
+
+
+def _line_elements(word_bytes: int) -> int:
+    """Elements that make a whole line of 128 bytes, or where words are narrow, a warp's access."""
+    return min(32, 128 // min(word_bytes, 8))
 
 
 def _strip_width(page_elements: list[int], word_bytes: int, tile: int) -> tuple[int, bool]:
@@ -141,9 +182,7 @@ def _strip_width(page_elements: list[int], word_bytes: int, tile: int) -> tuple[
     for elements in page_elements:
         common = min(common, elements & -elements)
     if common * item >= 512 or all(elements == common for elements in page_elements):
-        # Strips of 256 and 512 bytes spill at 128 KiB in flight, of 128 bytes they don't; all are
-        # made of whole 128-byte lines.
-        return (16 if word_bytes == 16 and common in (32, 64) else min(common, tile)), True
+        return min(common, tile), True
     # Wide strips make few, long accesses; their last one may be mostly empty. From wide to narrow,
     # never under 128 bytes (a line): the first that wastes at most an eighth, else the tightest.
     width = min(tile // 2, 1 << (max(page_elements) - 1).bit_length())

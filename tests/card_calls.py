@@ -7,10 +7,22 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from card.card import Card, Configuration, build_library
+from card.card import CONFIGURATIONS, Card, Configuration, build_library
 
+# The errors' numbers, by their names in cuda.h.
+INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED = 1, 2, 3
+INVALID_CONTEXT, INVALID_HANDLE, NOT_FOUND, NOT_READY = 201, 400, 500, 600
+ILLEGAL_ADDRESS, ALREADY_REGISTERED, NOT_REGISTERED = 700, 712, 713
+LAUNCH_FAILED, NOT_SUPPORTED = 719, 801
+CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 900, 901
+CAPTURE_ISOLATION, CAPTURE_IMPLICIT, CAPTURED_EVENT, WRONG_THREAD = 905, 906, 907, 908
+
+GLOBAL, THREAD_LOCAL, RELAXED = 0, 1, 2  # of captures
+LEGACY, PER_THREAD = 1, 2  # streams
 NON_BLOCKING = 1
-STREAM, DURING_API_CALL, ANY = 1, 2, 3
+STREAM, DURING_API_CALL, ANY = 1, 2, 3  # orders of a batch's sources
+
+NEWEST = CONFIGURATIONS["13.1"]
 
 
 class Attributes(ctypes.Structure):
@@ -159,3 +171,57 @@ def read(address: int, num_bytes: int) -> bytes:
 
 def write(address: int, content: bytes) -> None:
     ctypes.memmove(address, content, len(content))
+
+
+HEADER = ".version 8.0\n.target sm_90\n.address_size 64\n"
+STORE_BYTE = (
+    HEADER
+    + """
+.visible .entry kernel(.param .u64 kernel_param_0, .param .u32 kernel_param_1)
+.reqntid 32
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<2>;
+    ld.param.b64 %rd1, [kernel_param_0];
+    ld.param.b32 %r1, [kernel_param_1];
+    mov.u32 %r2, %tid.x;
+    setp.eq.b32 %p1, %r2, 0;
+    @%p1 st.global.b8 [ %rd1 + 0 ], { %r1 };
+    ret;
+}
+"""
+)
+LOAD_BYTE = (
+    HEADER
+    + """
+.visible .entry kernel(.param .u64 kernel_param_0)
+.reqntid 32
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<2>;
+    ld.param.b64 %rd1, [kernel_param_0];
+    mov.u32 %r2, %tid.x;
+    setp.eq.b32 %p1, %r2, 0;
+    @%p1 ld.global.b8 { %r1 }, [ %rd1 + 0 ];
+    ret;
+}
+"""
+)
+
+
+def load(driver: Driver, text: str) -> int:
+    module = driver.value("cuModuleLoadData", text.encode())
+    return driver.value("cuModuleGetFunction", module, b"kernel")
+
+
+def launch(driver: Driver, function: int, stream: int, *values: int, threads: int = 32) -> int:
+    # The arguments' memory is the caller's again when this returns.
+    arguments = [ctypes.c_uint64(value) for value in values]
+    pointers = (ctypes.c_void_p * max(1, len(values)))(*map(ctypes.addressof, arguments))
+    shape = (1, 1, 1, threads, 1, 1, 0)
+    error = driver.cuLaunchKernel(function, *shape, stream, pointers, None)
+    for argument in arguments:
+        argument.value = 0
+    return error

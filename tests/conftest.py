@@ -6,25 +6,37 @@ import gc
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How many cases are generated for a test, by `--hypothesis-profile` in the Makefile. Without one it
+# is hypothesis' own 100. A test that needs more takes a multiple of them.
+settings.register_profile("quick", max_examples=20)
+settings.register_profile("deep", max_examples=1000)
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {
+    "test_bench_imitation.py",
+    "test_card_kernels.py",
+    "test_card_rules.py",
     "test_cuda_device.py",
     "test_cuda_imitation.py",
     "test_door.py",
     "test_examples.py",
     "test_exit.py",
     "test_faults.py",
+    "test_gpu_run.py",
     "test_isolation.py",
     "test_kernels_compiled.py",
     "test_life.py",
     "test_mutants.py",
     "test_offloader_machine.py",
     "test_packaging.py",
+    "test_performance.py",
     "test_schedules.py",
     "test_soak.py",
     "test_stress.py",
     "test_trace_hit_rates.py",
+    "test_vllm_connector.py",
     "test_vllm_spec.py",
 }
 # And of other files these tests, whatever their parameters.
@@ -36,11 +48,20 @@ SLOW_TESTS = {
 }
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where slow tests are not wanted, their files are not even imported: vllm takes seconds."""
+    if "not slow" in config.option.markexpr and collection_path.name in SLOW_FILES:
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         name = item.name.partition("[")[0]
         if Path(item.path).name in SLOW_FILES or name in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
+    # The longest first: of what is left at the end, there is something for every process.
+    items.sort(key=lambda item: [item.get_closest_marker(n) is None for n in ("engine", "slow")])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,9 +72,9 @@ def empty_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def quick_collections():
-    """What other tests left is not looked through at every `gc.collect`."""
+    """What was imported is not looked through at every `gc.collect`: modules never go."""
     gc.collect()
     gc.freeze()
     yield

@@ -191,7 +191,8 @@ def test_no_copies_are_no_batch(card, device, stream):
 def test_batches_are_arrays_of_any_stride(device, stream):
     host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
     host.fill_(0xA5)
-    addresses = np.array([[host.data_ptr(), memory.data_ptr()]] * 3) + [[0], [8], [20]]
+    ends = np.array([host.data_ptr(), memory.data_ptr()])
+    addresses = ends + np.array([[0], [8], [20]])
     device.copy_batch(addresses[:, 0], addresses[:, 1], np.array([2, 9, 1, 9, 3, 9])[::2], stream)
     finish(device, stream)
     expected = [0xA5] * 64

@@ -1,17 +1,24 @@
 """Runs one scenario with a real engine and writes what it saw as JSON.
 
-Each scenario has a process of its own, for an engine leaves state behind:
+Each scenario has a process of its own, for an engine leaves state behind. Most of the time is the
+engine's start, so what one engine can show is one scenario.
+
 `python tests/engine.py SCENARIO MODEL OUTPUT [BLOCKS_PER_CHUNK]`.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from faulty import FaultyDevice, fail
 
 from triton_offload.cli.demo import Engine, tiny_llama
 
@@ -33,6 +40,7 @@ def prompts(num_prefixes: int, num_suffixes: int, seed: int) -> list[list[int]]:
 
 SINGLE = prompts(3, 3, seed=1)
 CROWD = prompts(6, 3, seed=2)
+FEW, FEW_TOKENS = [SINGLE[i] for i in (0, 1, 3, 4)], 8  # of two prefixes, for rounds after rounds
 
 
 def one_by_one(engine: Engine, requests: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -61,21 +69,26 @@ def _connected(
     return Engine(model, extra, **llm_args)
 
 
-def _reloaded(engine: Engine) -> list[list[int]]:
+def _reloaded(
+    engine: Engine, requests: list[list[int]] = SINGLE, max_tokens: int = OUTPUT_TOKENS
+) -> list[list[int]]:
     """Each prompt with nothing right on the device but what is loaded for it."""
     answers = []
-    for prompt in SINGLE:
+    for prompt in requests:
         engine.settle()
         engine.forget()
         engine.poison()
-        answers += one_by_one(engine, [prompt], OUTPUT_TOKENS)
+        answers += one_by_one(engine, [prompt], max_tokens)
     engine.settle()
     return answers
 
 
 def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     """Stored, poisoned, loaded."""
-    engine = _connected(model, blocks_per_chunk)
+    return _stored_and_loaded(_connected(model, blocks_per_chunk))
+
+
+def _stored_and_loaded(engine: Engine) -> dict[str, Any]:
     stored = one_by_one(engine, SINGLE, OUTPUT_TOKENS)
     engine.settle()
     loaded = _reloaded(engine)
@@ -90,10 +103,9 @@ def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
 
 
 def broken(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
-    """As `intact`, but the loads do nothing, and then with stored bytes flipped."""
+    """After `intact`: loads that do nothing, and then loads of stored bytes flipped."""
     engine = _connected(model, blocks_per_chunk)
-    one_by_one(engine, SINGLE, OUTPUT_TOKENS)
-    engine.settle()
+    seen = _stored_and_loaded(engine)
     worker = engine.worker
     submit_load = worker.submit_load
     skipped = []
@@ -114,6 +126,7 @@ def broken(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     worker.pool.slots.bitwise_xor_(0x80)
     mended = _reloaded(engine)
     return {
+        **seen,
         "without_load": without_load,
         "skipped": len(skipped),
         "flipped": flipped,
@@ -167,17 +180,197 @@ def pressure(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     }
 
 
+def _surviving(model: Path, device: FaultyDevice, blocks_per_chunk: int) -> Engine:
+    """An engine with the connector of this package, on `device`."""
+    from triton_offload.vllm import spec
+
+    spec.device_for = lambda *args: device
+    transfer = _transfer(blocks_per_chunk, path="staged")
+    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
+
+
+def _transfer(blocks_per_chunk: int, **extra: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "TritonOffloadingConnector",
+        "kv_connector_module_path": "triton_offload.vllm",
+        "kv_load_failure_policy": "recompute",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": "64MiB",
+            "blocks_per_chunk": blocks_per_chunk,
+            **extra,
+        },
+    }
+
+
+class Rounds:
+    """Answers and counts of jobs, round after round."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seen: dict[str, Any] = {}
+
+    def run(self, name: str, answer: Callable[[], list[list[int]]]) -> None:
+        worker = self.engine.worker
+        before = worker.loads, worker.stores
+        answers = answer()
+        self.engine.settle()
+        after = worker.loads, worker.stores
+        self.seen[name] = {"answers": answers}
+        for way, was, now in zip(("loads", "stores"), before, after, strict=True):
+            self.seen[name][way] = now.succeeded - was.succeeded
+            self.seen[name][f"failed_{way}"] = now.failed - was.failed
+
+    def store(self) -> list[list[int]]:
+        self.engine.forget(host_pool_too=True)
+        return one_by_one(self.engine, FEW, FEW_TOKENS)
+
+    def load(self) -> list[list[int]]:
+        return _reloaded(self.engine, FEW, FEW_TOKENS)
+
+    def load_at_once(self) -> list[list[int]]:
+        self.engine.forget()
+        self.engine.poison()
+        return [each.token_ids for each in self.engine.generate(FEW, FEW_TOKENS)]
+
+
+ALWAYS = 1 << 30
+
+
+def failures(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """One kind of failure after the other, and after each what is stored and loaded again."""
+    device = FaultyDevice()
+    engine = _surviving(model, device, blocks_per_chunk)
+    rounds = Rounds(engine)
+    rounds.run("stored", rounds.store)
+    device.faults["scatter"] = 1
+    rounds.run("one load fails", rounds.load)
+    device.faults["scatter"] = ALWAYS
+    rounds.run("every load fails", rounds.load)
+    rounds.run("every load of many at once fails", rounds.load_at_once)
+    device.faults.clear()
+    rounds.run("loads work again", rounds.load)
+    device.faults["gather"] = ALWAYS
+    rounds.run("every store fails", rounds.store)
+    rounds.run("nothing was stored", rounds.load)
+    device.faults.clear()
+    rounds.run("stores work again", rounds.store)
+    manager = engine.worker._manager
+    assert manager is not None
+    transfer_async = manager.transfer_async
+    manager.transfer_async = fail  # type: ignore[method-assign]
+    rounds.run("every job is refused", rounds.load)
+    manager.transfer_async = transfer_async  # type: ignore[method-assign]
+    rounds.run("jobs are accepted again", rounds.store)
+    rounds.run("loaded at the end", rounds.load)
+    return rounds.seen
+
+
+def tiny_gemma3(path: Path) -> Path:
+    """A tiny random model of two KV cache groups: sliding windows, and full attention."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=False,  # tied, it repeats the last token
+    )
+    transformers.Gemma3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def hybrid_plain(model: Path) -> dict[str, Any]:
+    """The hybrid model's answers without a connector, each prompt recomputed."""
+    tiny_gemma3(model)
+    engine = Engine(model, max_model_len=1024)
+    answers = []
+    for prompt in FEW:
+        engine.forget()
+        answers.append(engine.generate([prompt], FEW_TOKENS)[0].token_ids)
+    return {"answers": answers}
+
+
+def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """The hybrid model: loads of one group fail, then all, then stores."""
+    device = FaultyDevice()
+    engine = _surviving(model, device, blocks_per_chunk)
+    rounds = Rounds(engine)
+    rounds.run("stored", rounds.store)
+    rounds.run("loaded", rounds.load)
+    device.faults["scatter"] = 1
+    rounds.run("one load fails", rounds.load)
+    device.faults["scatter"] = ALWAYS
+    rounds.run("every load fails", rounds.load)
+    device.faults.clear()
+    device.faults["gather"] = 1
+    rounds.run("one store fails", rounds.store)
+    rounds.run("loaded at the end", rounds.load)
+    pool = engine.worker.pool
+    assert pool is not None
+    pool.slots.bitwise_xor_(0x80)  # the sign of every float, and no NaN
+    rounds.run("flipped", rounds.load)
+    return rounds.seen
+
+
+def until_killed(model: Path, started: Path) -> None:
+    """An engine core in a process of its own, which stores and loads until somebody ends it.
+
+    `started` is written when it has answered: the ids of the processes that it is made of.
+    """
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    import vllm
+
+    llm = vllm.LLM(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        block_size=32,
+        max_model_len=1024,
+        enforce_eager=True,
+        kv_transfer_config=_transfer(blocks_per_chunk=2),
+    )
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
+    while True:
+        llm.generate([{"prompt_token_ids": each} for each in FEW], params, use_tqdm=False)
+        llm.reset_prefix_cache()
+        if not started.exists():
+            children = [each.pid for each in multiprocessing.active_children()]
+            written = started.with_suffix(".new")
+            written.write_text(json.dumps({"children": children}))
+            written.rename(started)
+
+
 def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") -> None:
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="triton_offload")
-    path = Path(model)
-    if scenario == "model":
-        seen: dict[str, Any] = {"model": str(tiny_llama(path))}
-    elif scenario == "plain":
+    path = tiny_llama(Path(model))
+    if scenario == "plain":
         seen = plain(path)
+    elif scenario == "until_killed":
+        return until_killed(path, Path(output))
+    elif scenario == "hybrid_plain":
+        seen = hybrid_plain(path)
     else:
-        scenarios = {"intact": intact, "broken": broken, "pressure": pressure}
+        scenarios = {
+            "intact": intact,
+            "broken": broken,
+            "pressure": pressure,
+            "failures": failures,
+            "hybrid": hybrid,
+        }
         seen = scenarios[scenario](path, int(blocks_per_chunk))
     Path(output).write_text(json.dumps(seen))
 

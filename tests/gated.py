@@ -1,10 +1,16 @@
-"""A host device that a test can hold and make fail."""
+"""A host device that a test can hold and make fail, and a world on it."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from oracle import World, random_pages
+
+from triton_offload.calibration import Path
 from triton_offload.device.host import HostDevice
+from triton_offload.transfer.pipeline import PipelineOptions
 
 
 class GatedDevice(HostDevice):
@@ -45,3 +51,17 @@ class GatedDevice(HostDevice):
         if "copy" in self.fail_submission:
             raise RuntimeError("injected: copy could not be queued")
         super().copy(dst, src, stream)
+
+
+@contextmanager
+def gated_world(device: GatedDevice, num_blocks: int = 16, **options: int) -> Iterator[World]:
+    """Blocks of one page of 64 bytes, staged. At its end the gate is opened, whatever was held."""
+    world = World.build(
+        [random_pages(num_blocks, 64, 64, 0, 1)],
+        num_slots=num_blocks,
+        device=device,
+        options=PipelineOptions(path=Path.STAGED, **options),
+    )
+    yield world
+    device.gate.set()
+    world.close()

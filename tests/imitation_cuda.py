@@ -16,6 +16,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from card.card import CONFIGURATIONS, Configuration, start
 
@@ -132,6 +133,15 @@ def _leave_unmeasured() -> None:
     from triton_offload.tuning import calibrate
 
     calibrate._measure_once = lambda device, machine, file: None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Any:
+    """A test that fails says what the card had to complain of last."""
+    report = yield
+    if report.failed:
+        report.sections.append(("The card's complaints", "\n".join(card.complaints()[-10:])))
+    return report
 
 
 _imitate()

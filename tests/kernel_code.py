@@ -31,6 +31,8 @@ KERNELS = {"gather": pages._gather_kernel, "scatter": pages._scatter_kernel}
 KIB = 1024
 # Page bytes, alignment of the slots, bytes of an access, bytes in flight on NVIDIA.
 ZERO_COPY = {
+    "pages of 128 bytes": (128, 16, 16, 64 * KIB),
+    "pages of 256 bytes": (256, 16, 16, 64 * KIB),
     "pages of 512 bytes": (512, 16, 16, 128 * KIB),
     "pages of 4 KiB": (4096, 16, 16, 128 * KIB),
     "pages of 64 KiB": (65536, 16, 16, 128 * KIB),
@@ -83,6 +85,40 @@ def nvidia_accesses(ptx: str, load: str = "ld.global") -> tuple[list[int], list[
         [int(v or 1) * int(b) // 8 for v, b in loads],
         [int(v or 1) * int(b) // 8 for v, b in stores],
     )
+
+
+def nvidia_orders(ptx: str) -> set[str]:
+    """The order in which a thread reaches memory, one string for each way through a kernel that
+    takes no branch twice: `b` loads bytes of pages, `t` loads from tables, `s` stores."""
+    events: dict[str, str] = {"": ""}
+    ways: dict[str, list[str]] = {"": []}
+    here, falls_through = "", True
+    for line in ptx[ptx.index(".entry") :].splitlines():
+        if label := re.match(r"(\$L__BB\w+):", line):
+            if falls_through:
+                ways[here].append(label[1])
+            here, falls_through = label[1], True
+            events[here], ways[here] = "", []
+        elif branch := re.search(r"\bbra(\.uni)?\s+(\$\w+);", line):
+            ways[here].append(branch[2])
+            if branch[1] or "@" not in line:
+                falls_through = False
+        elif "ld.global.cg" in line:
+            events[here] += "b"
+        elif "ld.global" in line:
+            events[here] += "t"
+        elif "st.global" in line:
+            events[here] += "s"
+
+    def orders_from(block: str, taken: frozenset[tuple[str, str]]) -> set[str]:
+        onward = [(block, to) for to in ways[block] if (block, to) not in taken]
+        if not onward:
+            return {events[block]}
+        return {
+            events[block] + rest for way in onward for rest in orders_from(way[1], taken | {way})
+        }
+
+    return orders_from("", frozenset())
 
 
 def nvidia_registers_and_stack(handle: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -190,7 +190,7 @@ def the_release_is_recorded_before_the_gather():
     def make(queue):
         def queue_early(self, streams, segment, pages, slots):
             early = streams.record(streams.kernels)
-            return replace(queue(self, streams, segment, pages, slots), released=early)
+            return queue(self, streams, segment, pages, slots)._replace(released=early)
 
         return queue_early
 
@@ -466,7 +466,7 @@ def a_transfer_is_queued_into_a_captured_graph():
 
 def _without_marks(**nothing: tuple[int, ...]) -> Patch:
     def make(mark):
-        return lambda self, run: replace(mark(self, run), **nothing)
+        return lambda self, run: mark(self, run)._replace(**nothing)
 
     return _instead(SlotContents, "store", make)
 

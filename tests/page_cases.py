@@ -57,6 +57,9 @@ CASES = {
     "a different alignment each": Case(
         (Tensor(64), Tensor(24), Tensor(4), Tensor(6), Tensor(1), Tensor(32)), (3, 1, 0), 4, 1
     ),
+    "a page whose place in the slot is aligned to less": Case(
+        (Tensor(24), Tensor(64)), (3, 1, 0), slot_gap=8
+    ),
     "slots off by one byte": Case((Tensor(64),), (3, 1, 0), slot_start=1),
     "a single slot": Case((Tensor(64), Tensor(32)), (3, 1), 2, num_slots=1, slot_gap=1),
     "a slot that is no multiple of a pitch": Case((Tensor(64), Tensor(48)), (3, 1, 0, 2, 5), 3, 1),
@@ -66,7 +69,7 @@ CASES = {
     "pages of one byte": Case((Tensor(1, 1),), (3, 1, 0, 2), 3, 2),
 }
 
-Move: TypeAlias = Callable[..., None]
+Move: TypeAlias = Callable[..., object]
 
 
 def noise(num_bytes: int, seed: int) -> torch.Tensor:
@@ -114,5 +117,5 @@ def check(case: Case, direction: str, move: Move, config: KernelConfig | None = 
     ids = None if case.slot_ids is None else list(case.slot_ids)
     move(direction, table, list(case.block_ids), slots, ids, case.first_block, config=config)
     assert torch.equal(pool, torch.from_numpy(expected_pool))
-    for cache, wanted in zip(caches, expected, strict=True):
-        assert torch.equal(cache, torch.from_numpy(wanted))
+    for storage, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(storage, torch.from_numpy(wanted))

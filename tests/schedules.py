@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
@@ -16,6 +17,7 @@ from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.serving import ServingEngine
 from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.paths import staged
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
 from triton_offload.transfer.staging import IndexRing
@@ -155,7 +157,8 @@ def run_schedule(configuration: Configuration, seed: int) -> Facts:
 def run_schedules(configuration: Configuration, seeds: range) -> list[Facts]:
     """A schedule for each seed, one after the other in one world (building it takes a third of a
     schedule's time). The same range replays them."""
-    with SimulatedDevice(seeds[0]) as device:
+    short = patch.object(staged, "SHORT_BYTES", 1)  # one chunk, of segments of three and more
+    with SimulatedDevice(seeds[0]) as device, short:
         rng = random.Random(seeds[0])
         memory = EngineMemory(device, configuration.shape, pinned=configuration.pinned)
         options = configuration.options(memory.layout.slot_bytes)

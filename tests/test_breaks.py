@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from breaks import ROOT, Break, read_breaks, verdict
 
-BREAKS = [each for entries in read_breaks().values() for each in entries]
+FILES = read_breaks()
+BREAKS = [each for entries in FILES.values() for each in entries]
 
 
 @cache
@@ -22,13 +24,30 @@ def defined_in(file: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("each", BREAKS, ids=lambda each: each.name)
-def test_a_break_is_still_one(each):
-    ast.parse(each.broken((ROOT / each.file).read_text()))
+def wrong_with(each: Break) -> str | None:
+    try:
+        ast.parse(each.broken((ROOT / each.file).read_text()))
+    except (ValueError, SyntaxError) as error:
+        return f"{each.name}: {error!r}"
     for test in each.caught_by:
         file, *names = test.split("::")
-        wanted = {name.partition("[")[0] for name in names}
-        assert wanted <= defined_in(file), f"{each.name}: no such test {test}"
+        if not {name.partition("[")[0] for name in names} <= defined_in(file):
+            return f"{each.name}: no such test {test}"
+    return None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_break_is_still_one(name):
+    wrong = [why for each in FILES[name] if (why := wrong_with(each)) is not None]
+    assert not wrong
+
+
+def test_what_is_wrong_with_a_break_is_said():
+    good = BREAKS[0]
+    assert wrong_with(good) is None
+    assert "expected its text once" in wrong_with(replace(good, was="nowhere to be found"))
+    assert "SyntaxError" in wrong_with(replace(good, becomes=f"{good.was} ("))
+    assert "no such test" in wrong_with(replace(good, caught_by=("tests/test_breaks.py::no",)))
 
 
 def test_no_two_breaks_have_one_name():

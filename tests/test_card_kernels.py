@@ -11,16 +11,18 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 from card.build import NO_COMPILER, compiler
 from card.kernels import move_pages
-from card.machine import Kind
+from card.machine import Counters, Kind
 from kernel_code import CLASSES, TARGETS
-from page_cases import CASES, SMALL, Case, Move, Tensor, check, noise
+from page_cases import CASES, SMALL, Case, Tensor, check, noise
 
 from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import KernelConfig, choose_config
@@ -49,7 +51,7 @@ PLACES = ((0, 0), (8, 8), (1, 0))
 SEEDS, BATCH = 500, 100
 
 
-def on(target: str, slots_in: Kind = Kind.DEVICE) -> Move:
+def on(target: str, slots_in: Kind = Kind.DEVICE) -> Callable[..., list[Counters]]:
     return functools.partial(move_pages, TARGETS[target], slots_in=slots_in)
 
 
@@ -173,6 +175,20 @@ def test_counts_what_a_launch_moves(direction: str) -> None:
     assert counted.barriers == 0
     # 1 KiB of pages, and on top what is read of the table while that is under way.
     assert 1024 <= counted.most_bytes_in_flight <= 1024 + 5 * 8
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_moves_each_byte_once(direction: str) -> None:
+    """Programs that begin within a group of tiles begin at its right strip."""
+    sizes = (2048, 512, 1024)
+    written = 0
+
+    def move(*arguments: Any, **options: Any) -> None:
+        nonlocal written
+        written = sum(launch.bytes_written for launch in on("sm_90")(*arguments, **options))
+
+    check(Case(tuple(map(Tensor, sizes)), (4, 0, 3, 1, 6), num_slots=5), direction, move)
+    assert written == 5 * sum(sizes)
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -60,8 +60,8 @@ def test_a_byte_before_all_ranges_and_a_write() -> None:
 
 
 def test_an_access_that_reaches_past_the_end() -> None:
-    source = np.zeros(20, dtype=np.uint8)
-    source = source[-source.ctypes.data % 16 :][:12]
+    source = np.zeros(31, dtype=np.uint8)
+    source = source[-source.ctypes.data % 16 :][:15]
     error = error_of("    ld.global.v2.b64 {%d1, %d2}, [%d11];", source)
     check(error, ILLEGAL, "16 bytes", "reach past the end")
 
@@ -96,14 +96,16 @@ def test_a_read_of_memory_that_nobody_wrote() -> None:
     check(error, ILLEGAL, f"the byte at {place:#x} of [", "was never written", "thread (1, 0, 0)")
 
 
-def test_memory_of_another_device() -> None:
-    out = words([0] * 32)
+@pytest.mark.parametrize("owner", [0, 1])
+def test_memory_of_another_device(owner: int) -> None:
+    out, other = words([0] * 32), 1 - owner
+    reason = f"device memory of device {owner}, not of device {other}"
     with Memory() as memory:
-        memory.add(out.ctypes.data, out.nbytes, ordinal=1)
+        memory.add(out.ctypes.data, out.nbytes, ordinal=owner)
         function = kernel("    st.global.b64 [%d14], 1;")
-        function.launch(1, [out.ctypes.data, 0, 0, 0], block=32, ordinal=1)
-        with pytest.raises(LaunchError, match="device memory of device 1, not of device 0"):
-            function.launch(1, [out.ctypes.data, 0, 0, 0], block=32, ordinal=0)
+        function.launch(1, [out.ctypes.data, 0, 0, 0], block=32, ordinal=owner)
+        with pytest.raises(LaunchError, match=reason):
+            function.launch(1, [out.ctypes.data, 0, 0, 0], block=32, ordinal=other)
 
 
 def test_memory_that_the_device_knows_by_another_address() -> None:
@@ -196,6 +198,19 @@ def test_what_another_warp_reads_is_written_after_a_barrier() -> None:
     check(error, FAILED, "another warp read 0x100 of shared memory, and no barrier came since")
     whole = kernel(body.replace("BETWEEN", "bar.sync 0;"), inside=BUFFER)
     run(whole, words([0] * 64), block=64)
+
+
+def test_what_several_warps_read_none_of_them_writes_before_a_barrier() -> None:
+    body = f"""{SHARED}
+    st.shared.b64 [%r6], %d0;
+    bar.sync 0;
+    ld.shared.b64 %d5, [%r4];
+    setp.eq.u32 %p1, %r0, WRITER;
+    @%p1 st.shared.b64 [%r4], %d0;"""
+    out = words([0] * 64)
+    run(kernel(body.replace("WRITER", "64"), inside=BUFFER), out, block=64)
+    error = error_of(body.replace("WRITER", "33"), inside=BUFFER, block=64)
+    check(error, FAILED, "another warp read 0x0 of shared memory", "thread (33, 0, 0)")
 
 
 COPY = f"""{SHARED}
@@ -405,3 +420,12 @@ def test_a_kernel_is_launched_with_the_threads_that_it_was_compiled_for() -> Non
     at_most.launch(1, [0] * 4, block=32)
     with pytest.raises(LaunchError, match="a CTA of other threads"):
         at_most.launch(1, [0] * 4, block=160)
+
+
+def test_kernels_of_a_module_have_shared_memory_of_their_own() -> None:
+    first = text_of("    mov.b32 %r4, mine;", inside=".shared .align 16 .b8 mine[64];")
+    second = text_of("    mov.b32 %r4, mine;", inside=".shared .align 16 .b8 mine[32];")
+    body = second[second.index(".visible") :].replace(" kernel(", " other(")
+    module = Module(".shared .align 4 .b32 of_all;\n" + first + body)
+    assert module.function("kernel").static_shared_bytes == 16 + 64
+    assert module.function("other").static_shared_bytes == 16 + 32

@@ -24,6 +24,14 @@ from triton_offload.device import host_pages
 from triton_offload.device.host import HostDevice
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """As in a terminal: a script ignores them for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def trace(tmp_path):
     path = tmp_path / "trace.jsonl"

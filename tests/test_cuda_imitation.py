@@ -42,6 +42,7 @@ def run(file: str, *options: str, card: str = "12.8", other_triton: Path | None 
 
 def test_the_tests_of_a_gpu_pass_on_the_card() -> None:
     run("test_cuda.py")
+    run("test_cuda_kernels.py")
 
 
 @pytest.mark.skipif(not (TRITON_36 / "triton").is_dir(), reason=f"no triton in {TRITON_36}")

@@ -85,6 +85,13 @@ class Names:
             self.has_member(base, name) for base in self._bases.get(cls, ())
         )
 
+    def defined(self, name: str) -> list[ast.arguments]:
+        """Of a function; of a method, which a class above may define."""
+        cls, _, method = name.rpartition(".")
+        found = self.functions.get(name, [])
+        bases = () if found else self._bases.get(cls, ())
+        return found or [each for base in bases for each in self.defined(f"{base}.{method}")]
+
     def has(self, name: str) -> bool:
         """`Class`, `Class.member`, `function` or `CONSTANT`."""
         first, _, rest = name.partition(".")
@@ -113,9 +120,17 @@ def names_of(*files: Path) -> Names:
     return Names(files)
 
 
-ALL = Names([f for part in SOURCES if (ROOT / part).is_dir() for f in (ROOT / part).rglob("*.py")])
+@cache  # read by the tests, not by every process that collects them
+def all_names() -> Names:
+    return Names([file for part in SOURCES for file in (ROOT / part).rglob("*.py")])
+
+
+@cache
+def all_words() -> set[str]:
+    return all_names().words | set(re.findall(r"[\w-]+", (ROOT / "pyproject.toml").read_text()))
+
+
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-WORDS = ALL.words | set(re.findall(r"[\w-]+", (ROOT / "pyproject.toml").read_text()))
 
 
 def text_of(page: str) -> str:
@@ -164,8 +179,8 @@ def missing(span: str, page: str) -> str | None:
     if first == PACKAGE:
         return None if module_of(name) else "no such module"
     if (first[0].isupper() and not first.isupper()) or ("(" in span and not rest):
-        return None if ALL.has(name) else "not defined"
-    return None if name.rpartition(".")[2] in WORDS else "no such name"
+        return None if all_names().has(name) else "not defined"
+    return None if name.rpartition(".")[2] in all_words() else "no such name"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -178,6 +193,7 @@ def test_what_a_page_names_is_there(page):
 def test_a_row_that_begins_with_a_file_names_what_it_defines():
     """The way of a store or a load, file by file: what was moved must not be looked for there."""
     page, wrong, rows = "ARCHITECTURE.md", [], 0
+    members = all_names().members
     for line in text_of(page).splitlines():
         cells = line.strip().strip("|").split(" | ")
         files = [file for span in _SPAN.findall(cells[0]) for file in find(span, page)]
@@ -186,12 +202,19 @@ def test_a_row_that_begins_with_a_file_names_what_it_defines():
         names = names_of(*files)
         for span in (span for cell in cells[1:] for span in _SPAN.findall(cell)):
             name = span.partition("(")[0]
-            if _NAME.fullmatch(name) and "." in name and name.partition(".")[0] in ALL.members:
+            if _NAME.fullmatch(name) and "." in name and name.partition(".")[0] in members:
                 rows += 1
                 if not names.has(name):
                     wrong.append(f"{span} in {cells[0]}")
     assert not wrong
     assert rows > 20
+
+
+def test_every_file_of_the_tests_has_its_row():
+    page = (ROOT / "tests" / "README.md").read_text()
+    named = {span for line in page.splitlines() for span in _SPAN.findall(line.partition(" | ")[0])}
+    files = {file.name for file in (ROOT / "tests").glob("*.py")}
+    assert files - named == {"conftest.py"}
 
 
 def test_every_ordering_rule_has_its_line():
@@ -264,7 +287,7 @@ def test_a_signature_of_the_api_page_is_that_of_the_code(declared):
     if is_class and called not in own.functions:
         assert said == own.fields[name]
         return
-    defined = [signature(each, method="." in called) for each in own.functions[called]]
+    defined = [signature(each, method="." in called) for each in own.defined(called)]
     assert said in defined
 
 

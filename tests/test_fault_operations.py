@@ -16,8 +16,6 @@ from triton_offload.testing import InjectedError
 from triton_offload.transfer.function_worker import FunctionWorker
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 NTHS = (1, 2, 5)
 levels = pytest.mark.parametrize("level", LEVELS)
 

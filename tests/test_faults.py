@@ -17,8 +17,6 @@ from fault_worlds import EVERY, SEAM, WAITING, causes
 from triton_offload.calibration import Path
 from triton_offload.errors import DeviceLostError
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 NTHS = (1, 2, 5, 13)
 
 # Where a job's end can be marked no more, its lane is lost; one such fault in a row costs a job.

@@ -101,7 +101,7 @@ def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch, 
     assert max(each.numel() * each.element_size() for each in taken) == 4 * 64
 
 
-def test_between_two_tensors_it_can_be_ended(by):
+def test_between_two_tensors_of_many_bytes_it_can_be_ended(by_torch):
     table = PageTable([torch.ones(2, 8, dtype=torch.uint8) for _ in range(3)], 1)
     slots = torch.zeros(2, table.slot_bytes, dtype=torch.uint8)
     calls = iter(())
@@ -162,7 +162,7 @@ def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory():
         del slots
         gc.collect()
         assert gone[1]() is None
-    assert len(host_pages._plans[table]._places) <= host_pages._MAX_PLACES
+    assert len(host_pages._plans[table]._tensors) <= host_pages._MAX_PLACES
 
 
 def test_what_is_kept_of_a_table_goes_with_it():

@@ -59,7 +59,7 @@ class Engine:
         return self.offloader.store([KEY], range(3))
 
     def loaded(self, count: int = CHUNK, first: int = 0) -> list[int]:
-        """What a load of blocks of `KEY` brings: a number a block."""
+        """What a load of blocks of `KEY` brings: a number per block."""
         blocks = range(12, 12 + count)
         self.write(blocks, 0xEE)
         self.offloader.load([KEY], blocks, first_block=first).wait()

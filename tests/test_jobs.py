@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from gated import GatedDevice
+from steps import count_calls
 
-import triton_offload.offloader as offloader_module
+import triton_offload.jobs as jobs_module
 from triton_offload import KVOffloader, ledger
 from triton_offload.errors import TransferFailedError
 from triton_offload.specs import TransferResult, TransferStatus
@@ -59,33 +60,17 @@ def loaded(offloader: KVOffloader, kv: torch.Tensor, keys: list[bytes], into: in
     return kv[into : into + len(keys)].clone()
 
 
-def calls_in(function) -> int:
-    """How many Python functions are called in it, on this thread."""
-    count = 0
-
-    def note(frame, event, arg):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def chunked_prefill(device, steps: int) -> tuple[int, int]:
     """Calls of the last wait, and of a poll, after a prefix was stored step by step."""
     keys = keys_of(4 * steps)
     device.gate.clear()
     with offloader_on(device, pages(4 * steps), 4 * steps, options=None) as offloader:
         jobs = [offloader.store(keys[: 4 * s], range(4 * s)) for s in range(1, steps + 1)]
-        polling = calls_in(offloader.get_finished)
+        polling = count_calls(offloader.get_finished)
         device.gate.set()
         for entry in offloader._ledger.entries:
             offloader._queue.wait(entry.transfers, 60)
-        waiting = calls_in(lambda: jobs[-1].wait(60))
+        waiting = count_calls(lambda: jobs[-1].wait(60))
         offloader._check()
         assert all(job.wait(60).success for job in jobs)
         assert offloader.lookup(keys) == len(keys)
@@ -139,7 +124,7 @@ def test_one_deadline_holds_for_all_that_a_wait_waits_for(device, monkeypatch):
             now[0] += 1.0
 
         clock = SimpleNamespace(monotonic=lambda: now[0])
-        monkeypatch.setattr(offloader_module, "time", clock)
+        monkeypatch.setattr(jobs_module, "time", clock)
         monkeypatch.setattr(offloader._queue, "wait", wait)
         device.gate.set()
         last.block(5.0)
@@ -235,6 +220,33 @@ def test_a_store_in_two_runs_of_which_one_failed_is_not_loadable(device):
         assert offloader.lookup([b"a"], num_blocks=3) == 0
         assert offloader.lookup([b"a"], num_blocks=1, first_block=0) == 0
         assert offloader.lookup([b"a"], num_blocks=1, first_block=1) == 1
+
+
+def test_a_store_whose_second_run_is_refused_fails_when_its_first_has_ended(device):
+    kv = pages()
+    with offloader_on(device, kv, 8, blocks_per_chunk=3) as offloader:
+        offloader.store([b"a"], [11], first_block=1).wait(60)
+        submit, calls = offloader._queue.transfer_async, itertools.count(1)
+
+        def refuse_the_second(*args, **kwargs):
+            if next(calls) == 2:
+                raise RuntimeError("refused")
+            return submit(*args, **kwargs)
+
+        device.gate.clear()
+        offloader._queue.transfer_async = refuse_the_second
+        job = offloader.store([b"a"], [10, 11, 12])
+        offloader._queue.transfer_async = submit
+        assert not job.done
+        assert offloader.stats().num_pinned == 1
+        offloader._check()
+        device.gate.set()
+        with pytest.raises(TransferFailedError, match="refused"):
+            job.wait(60)
+        assert offloader.lookup([b"a"], num_blocks=3) == 0
+        assert offloader.lookup([b"a"], num_blocks=1, first_block=1) == 1
+        assert offloader.stats().num_pinned == 0
+        offloader._check()
 
 
 def test_a_stream_waits_for_both_runs_of_a_store(device):

@@ -74,7 +74,7 @@ class TestBytes:
 
     @given(data=st.data())
     @settings(
-        max_examples=60 if INTERPRETED else 500,
+        max_examples=60 if INTERPRETED else 5 * settings.default.max_examples,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )

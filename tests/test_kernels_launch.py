@@ -144,13 +144,14 @@ def test_a_plan_is_kept_by_what_it_depends_on(launches: Launches) -> None:
         KernelConfig(warps=4, tile_bytes=2048, programs=6),
         KernelConfig(warps=8, tile_bytes=4096, programs=6),
         KernelConfig(warps=4, tile_bytes=4096, programs=1),
+        KernelConfig(warps=4, tile_bytes=4096, programs=6, stages=4),
     ):
         pages.gather_pages(table, [1, 2], slots, config=config)
         (call,) = launches
         assert (call.spec,) == tuple(kernel_specs(table, 16, config))
         assert call.programs <= config.programs
         launches.clear()
-    assert len(table.launch_plans) == 3  # programs share one
+    assert len(table.launch_plans) == 4  # programs share one
 
 
 def test_tables_of_one_cache_have_plans_of_their_own(launches: Launches) -> None:
@@ -166,7 +167,7 @@ def test_a_plan_made_in_inference_mode_serves_outside_of_it(launches: Launches) 
     table = table_of(64)
     with torch.inference_mode():
         pages.gather_pages(table, [1], slots_of(table), config=CONFIG)
-    ((_, strips),) = table.launch_plans[16, 4, 4096]
+    ((_, strips),) = table.launch_plans[16, 4, 4096, 1]
     assert not strips.is_inference()
 
 
@@ -249,11 +250,10 @@ def test_strips_cover_every_page_once(
     ("page_bytes", "words", "exact"),
     [
         ([64], 8, True),  # one page is one strip
-        ([512], 16, True),  # strips of 128 bytes
-        ([256], 16, True),
+        ([256], 32, True),
         ([1024], 128, True),
         ([65536], 512, True),  # as wide as a tile
-        ([512, 1024], 16, True),
+        ([512, 1024], 64, True),
         ([64, 128], 16, False),
         ([1152], 32, False),  # 1280 bytes would be an eighth of waste too many
         ([1040], 16, False),
@@ -265,6 +265,30 @@ def test_strips_are_as_wide_as_little_waste_allows(
 ) -> None:
     (spec,) = kernel_specs(table_of(*page_bytes), 16, CONFIG)
     assert (spec.words, spec.exact) == (words, exact)
+
+
+@pytest.mark.parametrize("zero_copy", [False, True], ids=["staged", "zero_copy"])
+@pytest.mark.parametrize("alignment", [16, 8, 4, 2, 1])
+@pytest.mark.parametrize("page_bytes", [64, 512, 1024, 1152, 4096, 65536])
+def test_a_thread_has_few_pages(page_bytes: int, alignment: int, zero_copy: bool) -> None:
+    (spec,) = kernel_specs(table_of(page_bytes), alignment, choose_config(zero_copy=zero_copy))
+    threads_of_page = spec.span * spec.element_bytes // spec.word_bytes
+    pages_of_thread = spec.pages * threads_of_page / (spec.warps * 32)
+    accesses = spec.tile_bytes // spec.word_bytes // (spec.warps * 32)
+    # Each page takes three 64-bit values, each access the registers of its bytes.
+    assert pages_of_thread <= (2 if accesses == 8 and spec.word_bytes == 16 else 4)
+    if page_bytes >= 1024 and spec.word_bytes == 16 and spec.exact:
+        assert pages_of_thread <= 1
+
+
+@pytest.mark.parametrize("page_bytes", [512, 1024, 1152, 4096, 65536, 2 << 20])
+@pytest.mark.parametrize(
+    "config", [CONFIG, choose_config(zero_copy=False), choose_config(zero_copy=True)]
+)
+def test_a_span_is_a_whole_line_at_least(page_bytes: int, config: KernelConfig) -> None:
+    (spec,) = kernel_specs(table_of(page_bytes, num_blocks=2), 16, config)
+    assert spec.words % spec.span == 0
+    assert spec.span * spec.element_bytes >= 128
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 7, 31, 32, 33, 100, 1000])
@@ -295,9 +319,9 @@ def test_no_blocks_are_no_launch(launches: Launches) -> None:
         (65536, 2**25 - 1, 0, 63, True),  # 64 tiles a block
         (65536, 2**25 - 1, 0, 64, False),
         (65536, 2**25, 0, 1, False),
-        (16, 2**31 - 1 - 64, 0, 1, True),  # 64 blocks a tile
-        (16, 2**31 - 1 - 64, 1, 1, False),
-        (16, 2**31 - 64, 0, 1, False),
+        (16, 2**31 - 1 - 128, 0, 1, True),  # 64 blocks a tile, and a tile after the last one
+        (16, 2**31 - 1 - 128, 1, 1, False),
+        (16, 2**31 - 128, 0, 1, False),
     ],
 )
 def test_more_than_a_launch_can_count_is_refused(

@@ -173,3 +173,25 @@ def test_refuses_ids_that_are_not_integers(ids: Any) -> None:
 def test_refuses_wrong_slots(move: Any, slots: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         move(table_of(4), [0], slots)
+
+
+@pytest.mark.parametrize("count", [1, 2, 32, 33, 200])
+def test_few_ids_are_held_to_what_many_are(count: int) -> None:
+    limit = 300
+    for distinct in (False, True):
+        check_ids("ids", np.arange(limit - count, limit), limit, distinct=distinct)
+        check_ids("ids", np.arange(count), limit, distinct=distinct)
+        for wrong in (-1, limit, -(1 << 40), 1 << 40):
+            for place in (0, count - 1):
+                ids = np.arange(count)
+                ids[place] = wrong
+                with pytest.raises(
+                    ValueError, match=rf"ids: expected ids in .0, 300., got {wrong} at"
+                ):
+                    check_ids("ids", ids, limit, distinct=distinct)
+    if count > 1:
+        ids = np.arange(count)
+        ids[-1] = 0
+        check_ids("ids", ids, limit, distinct=False)
+        with pytest.raises(ValueError, match="ids: expected each destination once, got 0 2 times"):
+            check_ids("ids", ids, limit, distinct=True)

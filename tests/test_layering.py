@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SLOW_FILES
 
-PACKAGE = Path(__file__).parent.parent / "triton_offload"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "triton_offload"
 
 # From the bottom up: a module may import those of lower layers, and its own.
 LAYERS = [
@@ -17,8 +19,10 @@ LAYERS = [
     {"kernels.arguments"},  # numpy alone
     {"scheduler.order", "scheduler.free_slots"},
     {"version", "process_lock", "closing", "errors", "specs", "sizes", "kernels.table"},
-    {"vllm.versions", "cli.models", "cli.output"},
+    {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "vllm.stale_regions"},
+    {"cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
+    {"vllm.options"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
     {"medium", "kernels.tiling", "kernels.reference"},
     {"transfer.options", "device.threads", "device.driver", "device.numa", "pool.memory_limits"},
@@ -55,11 +59,15 @@ LAYERS = [
     {"tuning.machine"},
     {"tuning.calibrate"},
     {"job", "doctor.facts"},
-    {"ledger"},
+    {"ledger", "request"},
+    {"jobs"},
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker", "metrics"},
-    {"vllm.spec"},
+    {"vllm.tolerant_worker"},
+    {"vllm.metrics"},
+    {"vllm.spec", "vllm.connector_worker", "vllm.connector_scheduler"},
+    {"vllm.connector"},
     {"vllm"},
     {"cli.demo", "cli.machine"},
     {"cli.main"},
@@ -156,4 +164,38 @@ def test_only_the_plug_in_and_the_demo_name_vllm():
             for node in ast.walk(ast.parse(file.read_text()))
         )
     ]
-    assert set(users) <= {"vllm", "vllm.spec", "vllm.worker", "cli.demo"}
+    assert all(name.split(".")[0] == "vllm" or name == "cli.demo" for name in users)
+    assert not {"vllm.versions", "vllm.stale_regions", "vllm.options"} & set(users)
+
+
+def loaded_with(file: Path) -> set[str]:
+    """What importing a file of tests imports: packages of others, by way of its helpers too."""
+    found: set[str] = set()
+    waiting = [ast.parse(file.read_text())]
+    while waiting:
+        for node in waiting.pop().body:
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {node.module or ""}
+            else:
+                names = set()
+                if isinstance(node, ast.With | ast.Try | ast.If):
+                    waiting.append(node)
+            for name in names - found:
+                helper = TESTS / f"{name}.py"
+                if helper.is_file():
+                    waiting.append(ast.parse(helper.read_text()))
+            found |= names
+    return found
+
+
+def test_no_test_of_the_quick_loop_imports_vllm():
+    """Each process of `make quick` would, and it takes seconds."""
+    users = {
+        file.name
+        for file in TESTS.glob("test_*.py")
+        if any(name.split(".")[0] == "vllm" for name in loaded_with(file))
+    }
+    assert users
+    assert users <= SLOW_FILES

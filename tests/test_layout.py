@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -313,10 +315,11 @@ def test_parts_of_a_run_are_the_run(num_blocks, first):
     spec = GPULoadStoreSpec(range(num_blocks), None, [first])
     (run,) = layout.plan(STORE, spec, CPULoadStoreSpec(range(10, 10 + chunks), fresh), 20)
     wanted = [(i, 10 + (first + i) // 4, (first + i) % 4) for i in range(num_blocks)]
-    for most in range(1, chunks + 2):
-        parts = list(run.split(most))
+    for most, ends in itertools.product(range(1, chunks + 2), ((0, 0), (1, 0), (0, 1))):
+        parts = list(run.split(most, *ends))
         assert all(1 <= len(part.slot_ids) <= most for part in parts)
-        assert [len(part.slot_ids) for part in parts[:-1]] == [most] * (len(parts) - 1)
+        if ends == (0, 0):
+            assert [len(part.slot_ids) for part in parts[:-1]] == [most] * (len(parts) - 1)
         found = [
             (int(block), int(part.slot_ids[(part.first + i) // 4]), (part.first + i) % 4)
             for part in parts

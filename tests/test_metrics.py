@@ -16,7 +16,7 @@ from logs import warned
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from triton_offload import KVOffloader
+from triton_offload import ChunkSpec, KVOffloader, LoadStoreSpec
 from triton_offload.calibration import Path
 from triton_offload.metrics import OffloaderCollector
 from triton_offload.testing import InjectedError, SimulatedDevice
@@ -112,6 +112,45 @@ def test_failures_broken_paths_and_an_unpinned_pool_are_shown():
         del device.gather, device.copy_batch
 
 
+class Nowhere(LoadStoreSpec):
+    """A medium that counts three bytes for each chunk, and can't be read."""
+
+
+def drop(src: ChunkSpec, dst: Nowhere) -> int:
+    return 3 * len(src.chunks)
+
+
+def refuse(src: Nowhere, dst: ChunkSpec) -> int:
+    raise InjectedError("injected: nothing to read")
+
+
+def test_what_media_moved_is_shown_apart():
+    with offloader() as kv:
+        kv.register_worker(ChunkSpec, Nowhere, drop)
+        kv.register_worker(Nowhere, ChunkSpec, refuse)
+        registry = registry_of(kv)
+        kv.store([b"a", b"b"], [0, 1]).wait()
+        kv.export_chunks([b"a", b"b"], Nowhere()).wait()
+        kv.import_chunks([b"c"], Nowhere()).block()
+        found, stats = scrape(registry), kv.stats()
+        assert {key[1:]: found[key] for key in found if key[0] == "medium_jobs_total"} == {
+            ("import", "default", "success"): 0,
+            ("import", "default", "failed"): 1,
+            ("import", "default", "cancelled"): 0,
+            ("export", "default", "success"): 1,
+            ("export", "default", "failed"): 0,
+            ("export", "default", "cancelled"): 0,
+        }
+        assert found["medium_failures_total", "InjectedError", "import", "default"] == 1
+        assert found["medium_bytes_total", "export", "default"] == 6
+        assert found["medium_bytes_total", "import", "default"] == 0
+        assert found["medium_seconds_total", "export", "default"] == stats.exported.seconds > 0
+        assert found["medium_seconds_total", "import", "default"] == 0
+        assert found["jobs_total", "load", "default", "success"] == 0
+        assert found["jobs_total", "store", "default", "failed"] == 0
+        assert not any(key[0] == "failures_total" for key in found)
+
+
 def test_chunks_under_transfer_are_shown_while_they_are():
     device = SimulatedDevice(1)
     with offloader(device) as kv:
@@ -132,7 +171,7 @@ def test_several_offloaders_have_a_name_each_and_one_family_for_all():
         assert found["jobs_total", "store", "one", "success"] == 0
         assert found["jobs_total", "store", "two", "success"] == 1
         kinds = [line for line in text.splitlines() if line.startswith("# TYPE")]
-        assert len(kinds) == len(set(kinds)) == 15
+        assert len(kinds) == len(set(kinds)) == 19
 
 
 def test_what_is_closed_keeps_its_counts_and_has_no_pool():

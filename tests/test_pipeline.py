@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import torch
 from gated import GatedDevice
 from pipelines import PipelineWorld, fill
+from steps import count_calls
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from triton_offload.calibration import CUDA_PATHS, Path, PathTable
@@ -600,22 +599,6 @@ def test_jobs_submitted_in_inference_mode_with_a_default_device_move_their_bytes
 # -- work that grows as jobs do, and no faster --
 
 
-def calls_of(function: Callable[[], object]) -> int:
-    """How many Python functions are called in it."""
-    count = 0
-
-    def note(frame, event, arg):
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def steps(count: int) -> dict[str, int]:
     """The calls that each public method takes for so many jobs, the first of them under way."""
     device = SimulatedDevice(1)
@@ -640,16 +623,16 @@ def steps(count: int) -> dict[str, int]:
         while any(pipeline.take_finished(direction) for direction in Direction):
             pass
 
-    taken = {"submit": calls_of(submit)}
-    taken["released"] = calls_of(lambda: [pipeline.released(job) for job in jobs])
-    taken["cancel"] = calls_of(lambda: [pipeline.cancel(job) for job in jobs[count // 2 :]])
+    taken = {"submit": count_calls(submit)}
+    taken["released"] = count_calls(lambda: [pipeline.released(job) for job in jobs])
+    taken["cancel"] = count_calls(lambda: [pipeline.cancel(job) for job in jobs[count // 2 :]])
     device.end_hung()
-    taken["wait"] = calls_of(wait)
-    taken["wait_on"] = calls_of(lambda: [pipeline.wait_on(job, side) for job in jobs])
-    taken["take"] = calls_of(take)
+    taken["wait"] = count_calls(wait)
+    taken["wait_on"] = count_calls(lambda: [pipeline.wait_on(job, side) for job in jobs])
+    taken["take"] = count_calls(take)
     waiting = [world.store(range(1), range(1)) for _ in range(count)]
-    taken["cancel all"] = calls_of(lambda: pipeline.cancel_all(waiting[count // 2 :]))
-    taken["shutdown"] = calls_of(lambda: pipeline.shutdown(60))
+    taken["cancel all"] = count_calls(lambda: pipeline.cancel_all(waiting[count // 2 :]))
+    taken["shutdown"] = count_calls(lambda: pipeline.shutdown(60))
     world.pool.close()
     return taken
 

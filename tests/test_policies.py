@@ -548,7 +548,9 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 class TestManagerAgainstItsModel(ManagerMachine.TestCase):
-    settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+    settings = settings(
+        max_examples=2 * settings.default.max_examples, stateful_step_count=60, deadline=None
+    )
 
 
 def landed(policy: ARCPolicy, key: bytes) -> None:

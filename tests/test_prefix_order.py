@@ -208,7 +208,7 @@ CALLS = st.lists(
 
 
 @given(calls=CALLS, policy=st.sampled_from(["lru", "arc"]), num_chunks=st.integers(3, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples, deadline=None)
 def test_after_any_calls_no_chunk_leaves_before_a_later_one_of_no_newer_use(
     calls: list[tuple[str, bytes, int, int, int]], policy: str, num_chunks: int
 ) -> None:
@@ -265,7 +265,7 @@ def test_after_any_calls_no_chunk_leaves_before_a_later_one_of_no_newer_use(
 
 
 def conversations(seed: int, number: int, at_once: int) -> list[list[bytes]]:
-    """Requests of conversations of 1 to 8 turns that go on by 1 to 12 chunks a turn, `at_once` of
+    """Requests of conversations of 1 to 8 turns that go on by 1 to 12 chunks per turn, `at_once` of
     them taking turns at random, each behind one of 5 system prompts of 2 to 12 chunks."""
     dice = random.Random(seed)
     prompts = [[b"%d.%d" % (p, i) for i in range(dice.randint(2, 12))] for p in range(5)]

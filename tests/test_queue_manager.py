@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from gated import GatedDevice
+from gated import GatedDevice, gated_world
 from oracle import World, random_pages
 
 from triton_offload.calibration import Path
@@ -30,15 +30,8 @@ def device():
 
 @pytest.fixture
 def world(device):
-    world = World.build(
-        [random_pages(32, 64, 64, 0, 1)],
-        num_slots=32,
-        device=device,
-        options=PipelineOptions(path=Path.STAGED, buffer_bytes=256),
-    )
-    yield world
-    device.gate.set()
-    world.close()
+    with gated_world(device, 32, buffer_bytes=256) as world:
+        yield world
 
 
 def store(world, blocks, slots=None):

@@ -95,7 +95,7 @@ def check_slices(num_rows: int, width: int, most: int) -> None:
     a = torch.zeros((num_rows, width), dtype=torch.uint8)
     b = torch.zeros((num_rows, width + 1), dtype=torch.uint8)[:, :width]
     count = 0
-    for x, y in ranges._slices(a, b):
+    for x, y in ranges._slices(a, 0, b, 0, num_rows):
         assert 0 < x.numel() <= most
         offset = x.data_ptr() - a.data_ptr()
         row, column = divmod(offset, width)
@@ -156,6 +156,7 @@ def listed(found: ChunkRanges) -> list[tuple[int, int]]:
         ([7, 8, 9, 10], (0, 1, 2, 3), 40, []),
         ([2, 3, 4, 5, 6, 7, 8], (), 4, [(0, 2), (2, 4), (6, 1)]),
         ([3, 4], (), 4, [(0, 1), (1, 1)]),
+        ([9, 2, 3, 4, 5], (), 4, [(0, 1), (1, 2), (3, 2)]),
         ([4, 5, 6, 7], (), 4, [(0, 4)]),
     ],
 )

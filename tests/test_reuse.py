@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from steps import count_calls
 
 from triton_offload import KVOffloader
 from triton_offload.device.host import HostDevice
@@ -148,19 +147,7 @@ def calls_of_a_wait(steps: int) -> int:
         pages = device.empty(steps * 8).view(steps, 8)
         with KVOffloader([pages], steps * 8, options=SMALL, device=device) as offloader:
             jobs = prefill(offloader, steps, 1)
-            count = 0
-
-            def note(frame, event, argument):
-                nonlocal count
-                name = frame.f_code.co_filename
-                count += event == "call" and name.endswith(("/job.py", "/offloader.py"))
-
-            before = sys.getprofile()
-            sys.setprofile(note)
-            try:
-                jobs[-1].wait()
-            finally:
-                sys.setprofile(before)
+            count = count_calls(jobs[-1].wait, ("/job.py", "/jobs.py"))
             assert all(job.done for job in jobs)
     return count
 

@@ -9,12 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from gated import GatedDevice
-from oracle import POISON, World, random_pages
+from gated import GatedDevice, gated_world
+from oracle import POISON, World
 
-from triton_offload.calibration import Path
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, LoadStoreSpec
-from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 from triton_offload.transfer.slot_order import SlotOrder
 
@@ -33,16 +31,10 @@ def device():
 
 @pytest.fixture
 def world(device):
-    world = World.build(
-        [random_pages(16, 64, 64, 0, 1)],
-        device=device,
-        options=PipelineOptions(path=Path.STAGED),
-    )
-    world.pool.slots.fill_(POISON)
-    yield world
-    device.gate.set()
-    Tier.gate.set()
-    world.close()
+    with gated_world(device) as world:
+        world.pool.slots.fill_(POISON)
+        yield world
+        Tier.gate.set()
 
 
 class Tier:

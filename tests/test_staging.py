@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from triton_offload.device.host import HostDevice
 from triton_offload.kernels.table import PageTable
+from triton_offload.transfer import staging
 from triton_offload.transfer.staging import IndexRing, StagingRing
 
 
@@ -129,3 +130,21 @@ def test_a_closed_ring_of_ids_keeps_no_memory():
     assert memory.expired()
     assert ring.capacity == 0
     ring._check()
+
+
+def test_ids_are_those_that_were_put_there_though_views_are_kept(monkeypatch):
+    monkeypatch.setattr(staging, "_MAX_VIEWS", 4)
+    ring = IndexRing(HostDevice(), 64)
+    for count in (1, 2, 3, 2, 1, 3):
+        first, second = np.arange(count), 50 - np.arange(2 * count)
+        ids = ring.take(first, second)
+        assert ids is not None
+        assert [each.tolist() for each in ids] == [first.tolist(), second.tolist()]
+        more = ring.take(second)
+        assert more is not None
+        assert more[0].tolist() == second.tolist()
+        assert ids[0].tolist() == first.tolist(), "what is taken was written over"
+        ring.free()
+        ring.free()
+        assert len(ring._views) <= 4
+        ring._check()

@@ -52,7 +52,7 @@ def test_random_jobs_move_exactly_their_bytes(path, shapes, blocks_per_chunk, ro
         blocks_per_chunk=blocks_per_chunk,
         groups=groups,
         num_slots=NUM_SLOTS,
-        # two chunks a segment, so that rings wrap; ids for few segments, so that they wait
+        # two chunks per segment, so that rings wrap; ids for few segments, so that they wait
         options=PipelineOptions(path=path, buffer_bytes=2 * slot_bytes, max_indices=64),
         row_gap=row_gap,
     )

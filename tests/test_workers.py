@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from gated import GatedDevice
-from oracle import POISON, World, random_pages
+from gated import GatedDevice, gated_world
+from oracle import POISON
 
 from triton_offload.calibration import Path
 from triton_offload.specs import (
@@ -60,15 +60,9 @@ def device():
 
 @pytest.fixture
 def world(device):
-    world = World.build(
-        [random_pages(16, 64, 64, 0, 1)],
-        device=device,
-        options=PipelineOptions(path=Path.STAGED),
-    )
-    world.pool.slots.fill_(POISON)
-    yield world
-    device.gate.set()
-    world.close()
+    with gated_world(device) as world:
+        world.pool.slots.fill_(POISON)
+        yield world
 
 
 def store(world, blocks, **kwargs):

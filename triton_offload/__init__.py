@@ -6,10 +6,10 @@ Names are loaded on first use: the manager side runs where there is no torch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from triton_offload.version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for true; `typing` is most of what an import took
 if TYPE_CHECKING:
     from triton_offload.calibration import Calibration
     from triton_offload.errors import (

@@ -21,6 +21,8 @@ class Path(Enum):
     ZERO_COPY = "zero_copy"  # a kernel reads or writes mapped host memory
     COPY_ENGINE = "copy_engine"  # the copy engine alone, a range for pages that lie together
 
+    __hash__ = object.__hash__  # as of `Direction`
+
 
 #: what a user may ask for; "auto": the table decides
 PathName: TypeAlias = Literal["staged", "zero_copy", "copy_engine"]

@@ -135,19 +135,7 @@ class JobLedger:
         return taken
 
     def _report(self, entry: Entry) -> None:
-        job, bad = entry.job, failure(entry.parts)
-        result = TransferResult(
-            job.job_id,
-            TransferStatus.SUCCESS,
-            sum(part.num_bytes for part in entry.parts),
-            sum(part.seconds for part in entry.parts),
-            bytes_by_path=_by_path(entry.parts),
-            queue_seconds=min((part.queue_seconds for part in entry.parts), default=0.0),
-        )
-        if bad is not None:
-            result = replace(bad, job_id=job.job_id)
-        elif entry.error is not None:
-            result = TransferResult(job.job_id, TransferStatus.FAILED, error=entry.error)
+        job, result = entry.job, _joined(entry)
         del self._entries[job]
         totals = self.totals if entry.chunks is None else self.medium_totals
         totals[job.direction].add(result)
@@ -180,6 +168,24 @@ class JobLedger:
         for key, entry in self._storing.items():
             assert key in entry.keys
             assert not entry.moved, "a job that ended is still storing"
+
+
+def _joined(entry: Entry) -> TransferResult:
+    """How a job ended, of the results of its parts."""
+    job_id, parts = entry.job.job_id, entry.parts
+    bad = failure(parts)
+    if bad is not None:
+        return replace(bad, job_id=job_id)
+    if entry.error is not None:
+        return TransferResult(job_id, TransferStatus.FAILED, error=entry.error)
+    return TransferResult(
+        job_id,
+        TransferStatus.SUCCESS,
+        sum([part.num_bytes for part in parts]),
+        sum([part.seconds for part in parts]),
+        bytes_by_path=_by_path(parts),
+        queue_seconds=min([part.queue_seconds for part in parts], default=0.0),
+    )
 
 
 def _by_path(parts: Sequence[TransferResult]) -> tuple[tuple[str, int], ...]:

@@ -84,53 +84,66 @@ class OffloaderCollector(Collector):
 # The values of a metric's labels, `offloader` apart, and its value with them.
 _Sample = tuple[tuple[str, ...], float]
 _Samples = Callable[[OffloadingStats], Iterable[_Sample]]
-_Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
+# What is counted alike for several directions, by the value of the label `direction`.
+_Ways = Callable[[OffloadingStats], Mapping[str, DirectionStats]]
+# A metric: its name, its help, the names of its labels, and what they are given.
+_Row = tuple[str, str, tuple[str, ...], _Samples]
 
 
 def _families(stats: Mapping[str, OffloadingStats]) -> list[Metric]:
     """Every metric, with samples of these offloaders."""
     families: list[Metric] = []
-    for family, name, text, labels, samples in _METRICS:
-        metric = family(f"triton_offload_{name}", text, labels=("offloader", *labels))
-        for offloader, each in stats.items():
-            for values, value in samples(each):
-                metric.add_metric((offloader, *values), value)
-        families.append(metric)
+    for kind, rows in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
+        for name, text, labels, samples in rows:
+            metric = kind(f"triton_offload_{name}", text, labels=("offloader", *labels))
+            for offloader, each in stats.items():
+                for values, value in samples(each):
+                    metric.add_metric((offloader, *values), value)
+            families.append(metric)
     return families
 
 
-def _ways(stats: OffloadingStats) -> tuple[tuple[str, DirectionStats], ...]:
-    return (Direction.STORE.value, stats.store), (Direction.LOAD.value, stats.load)
+def _transfers(stats: OffloadingStats) -> dict[str, DirectionStats]:
+    return {Direction.STORE.value: stats.store, Direction.LOAD.value: stats.load}
+
+
+def _media(stats: OffloadingStats) -> dict[str, DirectionStats]:
+    return {"import": stats.imported, "export": stats.exported}
 
 
 def _one(value: Callable[[OffloadingStats], float]) -> _Samples:
     return lambda stats: [((), value(stats))]
 
 
-def _by_way(value: Callable[[DirectionStats], float]) -> _Samples:
-    return lambda stats: [((way,), value(each)) for way, each in _ways(stats)]
+def _by_way(ways: _Ways, value: Callable[[DirectionStats], float]) -> _Samples:
+    return lambda stats: [((way,), value(each)) for way, each in ways(stats).items()]
 
 
 def _by_path(value: Callable[[PathStats], float]) -> _Samples:
     # All paths from the beginning: a rate needs a value before the first increase.
     return lambda stats: [
         ((way, path.value), value(each.paths.get(path.value, PathStats())))
-        for way, each in _ways(stats)
+        for way, each in _transfers(stats).items()
         for path in Path
     ]
 
 
-def _jobs(stats: OffloadingStats) -> Iterator[_Sample]:
-    for way, each in _ways(stats):
-        yield (way, TransferStatus.SUCCESS.value), each.succeeded
-        yield (way, TransferStatus.FAILED.value), each.failed
-        yield (way, TransferStatus.CANCELLED.value), each.cancelled
+def _jobs(ways: _Ways) -> _Samples:
+    def samples(stats: OffloadingStats) -> Iterator[_Sample]:
+        for way, each in ways(stats).items():
+            yield (way, TransferStatus.SUCCESS.value), each.succeeded
+            yield (way, TransferStatus.FAILED.value), each.failed
+            yield (way, TransferStatus.CANCELLED.value), each.cancelled
+
+    return samples
 
 
-def _failures(stats: OffloadingStats) -> Iterator[_Sample]:
-    for way, each in _ways(stats):
-        for cause, count in each.failures.items():
-            yield (way, cause), count
+def _failures(ways: _Ways) -> _Samples:
+    return lambda stats: [
+        ((way, cause), count)
+        for way, each in ways(stats).items()
+        for cause, count in each.failures.items()
+    ]
 
 
 def _broken(stats: OffloadingStats) -> Iterator[_Sample]:
@@ -138,109 +151,104 @@ def _broken(stats: OffloadingStats) -> Iterator[_Sample]:
         yield (path.value,), path.value in stats.broken_paths
 
 
-_COUNTER, _GAUGE = CounterMetricFamily, GaugeMetricFamily
 _WAY: tuple[str, ...] = ("direction",)
-_METRICS: tuple[tuple[_Family, str, str, tuple[str, ...], _Samples], ...] = (
+_COUNTERS: tuple[_Row, ...] = (
+    ("jobs", "Stores and loads that ended, by how.", (*_WAY, "status"), _jobs(_transfers)),
     (
-        _COUNTER,
-        "jobs",
-        "Stores and loads that ended, by how.",
-        (*_WAY, "status"),
-        _jobs,
-    ),
-    (
-        _COUNTER,
         "failures",
         "Stores and loads that failed, by the class of the error.",
         (*_WAY, "cause"),
-        _failures,
+        _failures(_transfers),
     ),
     (
-        _COUNTER,
         "bytes",
         "Bytes of pages that landed, by the path that they took.",
         (*_WAY, "path"),
         _by_path(lambda each: each.num_bytes),
     ),
     (
-        _COUNTER,
         "path_seconds",
         "Seconds that jobs which took one path alone were under way; jobs may overlap.",
         (*_WAY, "path"),
         _by_path(lambda each: each.seconds),
     ),
     (
-        _COUNTER,
         "transfer_seconds",
         "Seconds that jobs which succeeded were under way; jobs may overlap.",
         _WAY,
-        _by_way(lambda each: each.seconds),
+        _by_way(_transfers, lambda each: each.seconds),
     ),
     (
-        _COUNTER,
         "queue_wait_seconds",
         "Seconds from submission until something of a job was queued on the device.",
         _WAY,
-        _by_way(lambda each: each.queue_seconds),
+        _by_way(_transfers, lambda each: each.queue_seconds),
     ),
     (
-        _COUNTER,
         "queue_waits",
         "Jobs whose wait is counted in queue_wait_seconds.",
         _WAY,
-        _by_way(lambda each: each.queue_waits),
+        _by_way(_transfers, lambda each: each.queue_waits),
+    ),
+    ("medium_jobs", "Imports and exports that ended, by how.", (*_WAY, "status"), _jobs(_media)),
+    (
+        "medium_failures",
+        "Imports and exports that failed, by the class of the error.",
+        (*_WAY, "cause"),
+        _failures(_media),
     ),
     (
-        _COUNTER,
-        "lookups",
-        "Chunks that were asked for by lookup.",
-        (),
-        _one(lambda stats: stats.lookups),
+        "medium_bytes",
+        "Bytes that workers of media say they moved.",
+        _WAY,
+        _by_way(_media, lambda each: each.num_bytes),
     ),
     (
-        _COUNTER,
+        "medium_seconds",
+        "Seconds that imports and exports which succeeded were under way; they may overlap.",
+        _WAY,
+        _by_way(_media, lambda each: each.seconds),
+    ),
+    ("lookups", "Chunks that were asked for by lookup.", (), _one(lambda stats: stats.lookups)),
+    (
         "hits",
         "Of the chunks asked for, leading ones that were in the pool.",
         (),
         _one(lambda stats: stats.hits),
     ),
     (
-        _COUNTER,
         "evictions",
         "Chunks that were evicted from the pool.",
         (),
         _one(lambda stats: stats.evictions),
     ),
+)
+_GAUGES: tuple[_Row, ...] = (
     (
-        _GAUGE,
         "pool_bytes",
         "Bytes of host memory that the pool has; 0 once the offloader is closed.",
         (),
         _one(lambda stats: stats.host_bytes),
     ),
     (
-        _GAUGE,
         "pool_used_bytes",
         "Bytes of the pool that hold chunks; 0 once the offloader is closed.",
         (),
         _one(lambda stats: stats.used_bytes),
     ),
     (
-        _GAUGE,
         "pool_pinned",
         "1 where all of the pool is pinned, else 0: copies may block, zero_copy is not to be had.",
         (),
         _one(lambda stats: stats.pinned),
     ),
     (
-        _GAUGE,
         "chunks_in_transfer",
         "Chunks that transfers under way use, and that are not evicted.",
         (),
         _one(lambda stats: stats.num_pinned),
     ),
     (
-        _GAUGE,
         "path_broken",
         "1 where the path could not be queued and another stands in for it, else 0.",
         ("path",),

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
-import time
-import warnings
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from triton_offload.calibration import Calibration, PathChoice
 from triton_offload.device import Device, device_for
 from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.kernels.arguments import as_integer, as_seconds, shown
-from triton_offload.kernels.table import check_ids
-from triton_offload.ledger import Entry, JobLedger
+from triton_offload.jobs import OffloadingJobs
+from triton_offload.kernels.arguments import shown
 from triton_offload.medium import ChunkSpec, check_kind, check_spec
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory
-from triton_offload.process_lock import ProcessLock
+from triton_offload.request import BlockIds, RequestReader
 from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
 from triton_offload.scheduler.manager import (
     CPUOffloadingManager,
@@ -37,30 +26,17 @@ from triton_offload.scheduler.manager import (
 )
 from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
-from triton_offload.specs import (
-    CPULoadStoreSpec,
-    Direction,
-    GPULoadStoreSpec,
-    Ids,
-    LoadStoreSpec,
-    TransferResult,
-    TransferStatus,
-    as_ids,
-)
+from triton_offload.specs import CPULoadStoreSpec, Direction, Ids, LoadStoreSpec
 from triton_offload.stats import OffloadingStats
 from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
-from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
+from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.transfer.worker import OffloadingWorker
 from triton_offload.tuning.calibrate import calibration_for
 
-_BYTES = frozenset({bytes})
 
-BlockIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
-
-
-class KVOffloader:
+class KVOffloader(OffloadingJobs):
     """Offloads chunks of a KV cache to host memory under keys, and loads them back.
 
     Args:
@@ -110,18 +86,18 @@ class KVOffloader:
         options: PipelineOptions | None = None,
         device: Device | None = None,
     ) -> None:
-        self._layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
+        layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
         if device is not None and (isinstance(device, type) or not hasattr(device, "check_stream")):
             raise TypeError(f"device: expected a Device or None, got {shown(device)}")
         size = parse_bytes("host_bytes", host_bytes)
         check_memory("host_bytes", size)  # before anything grows with it
-        num_chunks = size // self._layout.slot_bytes
+        num_chunks = size // layout.slot_bytes
         if num_chunks < 1:
             raise ValueError(
-                f"host_bytes: expected room for at least one chunk of {self._layout.slot_bytes} "
+                f"host_bytes: expected room for at least one chunk of {layout.slot_bytes} "
                 f"bytes, got {size}"
             )
-        self._manager = CPUOffloadingManager(
+        manager = CPUOffloadingManager(
             num_chunks,
             policy=policy,
             blocks_per_chunk=blocks_per_chunk,
@@ -129,26 +105,18 @@ class KVOffloader:
         )
         measured = None
         if device is None:
-            measured = calibration_for(self._layout.device, calibration)
-        self._pool = HostPool.allocate(
-            device or device_for(self._layout.device, measured),
-            num_chunks,
-            self._layout.slot_bytes,
-        )
+            measured = calibration_for(layout.device, calibration)
+            device = device_for(layout.device, measured)
+        pool = HostPool.allocate(device, num_chunks, layout.slot_bytes)
         try:
-            self._queue = transfer_queue(self._layout, self._pool, path, options, measured)
+            queue = transfer_queue(layout, pool, path, options, measured)
         except BaseException:
-            self._pool.close()
+            pool.close()
             raise
-        # Guards the manager and the jobs: a lookup and the load that follows are one step.
-        self._lock = ProcessLock("offloader")
-        self._ids = itertools.count(1)
-        self._ledger = JobLedger()
+        super().__init__(manager, queue, pool)
+        self._layout = layout
+        self._reader = RequestReader(layout)
         self._lookups = self._hits = self._evictions = 0
-        self._closed = False  # no new jobs
-        self._finalizer = weakref.finalize(self, _dropped, os.getpid(), self._queue, self._pool)
-        # At exit the device ends its threads by itself; draining them first may take long.
-        self._finalizer.atexit = False
 
     @property
     def num_chunks(self) -> int:
@@ -164,7 +132,7 @@ class KVOffloader:
         group: int = 0,
         stream: Any = None,
     ) -> OffloadJob:
-        """Offload blocks under one key a chunk, and return at once.
+        """Offload blocks under one key per chunk, and return at once.
 
         `block_ids`: consecutive blocks of a request, the first at `first_block` of it; a first or
         last chunk may be incomplete, and a later store may add what it lacks. The pages are read
@@ -181,27 +149,21 @@ class KVOffloader:
                 keys, block_ids, first_block, group, stream, distinct=False
             )
             output = self._reserve(stored, span.masks())
-            entry = self._entry(Direction.STORE, output.keys_to_store, output.store_spec.slot_ids)
-            place = {key: i for i, key in enumerate(stored)}
-            chunks = [place[key] for key in output.keys_to_store]
-            try:
+            spec = output.store_spec
+            with self._submitting(
+                Direction.STORE, output.keys_to_store, spec.slot_ids, output.pending_keys
+            ) as entry:
+                place = {key: i for i, key in enumerate(stored)}
+                chunks = [place[key] for key in output.keys_to_store]
                 runs = runs_to_store(span, chunks, output.blocks)
                 for run in runs:
-                    spec = output.store_spec
+                    part = spec
                     if len(runs) > 1:
                         assert spec.fresh is not None
-                        spec = CPULoadStoreSpec(spec.slot_ids[run.chunks], spec.fresh[run.chunks])
-                    device_spec = self._device_spec(ids[run.blocks], run.first, group)
-                    transfer = self._queue.transfer_async(device_spec, spec, stream=stream)
-                    entry.transfers.add(transfer)
-            except BaseException as error:
-                if not entry.transfers:
-                    self._manager.complete_store(entry.keys, success=False, slots=entry.slots)
-                    raise
-                # Part of it is under way: it ends as failed when that has ended.
-                failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
-                entry.parts.append(failed)
-            return self._open(entry, output.pending_keys)
+                        part = CPULoadStoreSpec(spec.slot_ids[run.chunks], spec.fresh[run.chunks])
+                    pages = self._reader.device_spec(ids[run.blocks], run.first, group)
+                    entry.transfers.add(self._queue.transfer_async(pages, part, stream=stream))
+            return entry.job
 
     def load(
         self,
@@ -228,20 +190,13 @@ class KVOffloader:
             )
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
-            entry = self._entry(Direction.LOAD, stored, spec.slot_ids)
-            try:
+            with self._submitting(Direction.LOAD, stored, spec.slot_ids) as entry:
                 if len(ids):
-                    transfer = self._queue.transfer_async(
-                        spec,
-                        self._device_spec(ids, span.first, group),
-                        expedited=expedited,
-                        stream=stream,
+                    pages = self._reader.device_spec(ids, span.first, group)
+                    entry.transfers.add(
+                        self._queue.transfer_async(spec, pages, expedited=expedited, stream=stream)
                     )
-                    entry.transfers.add(transfer)
-            except BaseException:
-                self._manager.complete_load(stored, slots=entry.slots)
-                raise
-            return self._open(entry)
+            return entry.job
 
     def lookup(
         self,
@@ -259,10 +214,10 @@ class KVOffloader:
         with self._lock:
             self._check_open()
             self._collect()
-            stored = self._offload_keys(keys, group)
+            stored = self._reader.keys(keys, group)
             masks = None
             if num_blocks is not None:
-                masks = self._span(len(stored), num_blocks, first_block).masks()
+                masks = self._reader.span(len(stored), num_blocks, first_block).masks()
             hits = self._manager.lookup(stored, masks)
             self._lookups += len(stored)
             self._hits += hits
@@ -272,37 +227,7 @@ class KVOffloader:
         """Mark chunks as used now, so that they are evicted late. Loads and stores do so too."""
         with self._lock:
             self._check_open()
-            self._manager.touch(self._offload_keys(keys, group))
-
-    def get_finished(self) -> list[TransferResult]:
-        """Jobs that ended since the last call, each once; jobs that were waited for too.
-
-        Of a program that only waits and never calls this, the latest 65,536 results are kept.
-        """
-        with self._lock:
-            self._collect()
-            return self._ledger.take_finished()
-
-    def cancel(self, job: OffloadJob) -> bool:
-        """Take a job back, all of it or nothing.
-
-        True: none of it had started, and none of it ever will; it has ended as cancelled. What a
-        store would have added is not loadable, what was stored before is, and what was evicted for
-        it is gone. False: it has ended, or part of it has started, or another store waits for
-        chunks that it is storing; it ends as it would have.
-
-        Raises ValueError for a job of another offloader.
-        """
-        if not isinstance(job, OffloadJob):
-            raise TypeError(f"job: expected an OffloadJob, got {shown(job)}")
-        with self._lock:
-            self._collect()
-            entry = self._ledger.entry_of(job)
-            if entry is None:
-                if job._owner is not None:
-                    raise ValueError(f"job: expected one of this offloader, got {job!r} of another")
-                return False
-            return not entry.followed_by and self._cancel(entry)
+            self._manager.touch(self._reader.keys(keys, group))
 
     def take_events(self) -> list[OffloadingEvent]:
         """What was stored and removed since the last call (`enable_events`)."""
@@ -338,31 +263,6 @@ class KVOffloader:
                 exported=self._ledger.medium_totals[Direction.LOAD].stats(),
                 limits=(*self._pool.device.limits, *self._pool.notes),
             )
-
-    def close(self, timeout: float | None = None) -> None:
-        """Cancel what has not started, drain the rest, free the pool. Idempotent.
-
-        `timeout`: seconds in all. Jobs keep their results. Raises TimeoutError where the device
-        does not finish; a later call tries again. Other errors of the device are raised when all
-        that can be freed is. Does nothing in a fork of the process that made the offloader.
-        """
-        timeout = as_seconds("timeout", timeout)
-        if self._lock.foreign or not self._finalizer.alive:
-            return
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            self._closed = True
-            self._collect()
-            for entry in reversed(self._ledger.entries):  # those that follow others before these
-                self._cancel(entry)
-            transfers = [t for entry in self._ledger.entries for t in entry.transfers]
-        self._queue.wait(transfers, _left(deadline))
-        with self._lock:
-            self._collect()
-        with ExitStack() as rest:
-            rest.callback(self._pool.close)  # every job has ended, whatever else goes wrong
-            rest.callback(self._queue.shutdown, _left(deadline))
-        self._finalizer.detach()  # all is freed, and nothing is left to do
 
     # -- a medium of the user's --
 
@@ -408,21 +308,17 @@ class KVOffloader:
         """
         with self._lock:
             self._check_open()
-            stored = self._offload_keys(keys, group)
+            stored = self._reader.keys(keys, group)
             check_spec("dst", dst)
             self._collect()
             # Any mask will do for what can't be loaded, and is refused by name.
             masks = [self._manager.loadable_blocks(key) or 1 for key in stored]
             slots = self._manager.prepare_load(stored, masks).slot_ids
-            entry = self._entry(Direction.LOAD, stored, slots)
-            try:
+            with self._submitting(Direction.LOAD, stored, slots) as entry:
                 entry.chunks = self._chunks(stored, masks, slots, group, writing=False)
                 if stored:
                     entry.transfers.add(self._queue.transfer_async(entry.chunks, dst))
-            except BaseException:
-                self._manager.complete_load(entry.keys, slots=entry.slots)
-                raise
-            return self._open(entry)
+            return entry.job
 
     def import_chunks(
         self,
@@ -444,32 +340,19 @@ class KVOffloader:
         """
         with self._lock:
             self._check_open()
-            stored = self._offload_keys(keys, group)
+            stored = self._reader.keys(keys, group)
             check_spec("src", src)
             self._queue._worker_for(type(src), ChunkSpec)  # raises before anything is evicted
             self._collect()
             output = self._reserve(stored, blocks)
             slots = output.store_spec.slot_ids
-            entry = self._entry(Direction.STORE, output.keys_to_store, slots)
-            try:
+            with self._submitting(
+                Direction.STORE, output.keys_to_store, slots, output.pending_keys
+            ) as entry:
                 entry.chunks = self._chunks(entry.keys, output.blocks, slots, group, writing=True)
                 if entry.keys:
                     entry.transfers.add(self._queue.transfer_async(src, entry.chunks))
-            except BaseException:
-                self._manager.complete_store(entry.keys, success=False, slots=entry.slots)
-                raise
-            return self._open(entry, output.pending_keys)
-
-    def __enter__(self) -> KVOffloader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+            return entry.job
 
     # -- under the lock --
 
@@ -489,47 +372,11 @@ class KVOffloader:
         if self._pool.device.capturing(stream):
             which = "the current stream" if stream is None else "stream"
             raise RuntimeError(f"{which} captures a graph: expected no transfers in it")
-        stored = self._offload_keys(keys, group)
-        ids = as_ids("block_ids", block_ids)
-        check_ids("block_ids", ids, self._layout.groups[group].table.num_blocks, distinct=distinct)
-        span = self._span(len(stored), len(ids), first_block)
+        stored = self._reader.keys(keys, group)
+        ids = self._reader.block_ids(block_ids, group, distinct=distinct)
+        span = self._reader.span(len(stored), len(ids), first_block)
         self._collect()
         return stored, span, ids
-
-    def _span(
-        self, num_keys: int, num_blocks: SupportsIndex, first_block: SupportsIndex
-    ) -> ChunkSpan:
-        span = ChunkSpan.of(first_block, num_blocks, self._layout.blocks_per_chunk)
-        if num_keys != span.num_chunks:
-            raise ValueError(
-                f"keys: expected {span.num_chunks} for {num_blocks} blocks from {first_block} on "
-                f"at {self._layout.blocks_per_chunk} blocks a chunk, got {num_keys}"
-            )
-        return span
-
-    def _offload_keys(self, keys: Sequence[bytes], group: int) -> list[bytes]:
-        """Keys as the manager knows them: where there are several groups, with the group's number
-        behind, as vLLM does."""
-        count = len(self._layout.groups)
-        number = as_integer("group", group)
-        if number >= count:
-            raise ValueError(f"group: expected 0 to {count - 1}, got {group}")
-        if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
-            raise ValueError(f"keys: expected one key (bytes) a chunk, got {type(keys).__name__}")
-        keys = list(keys)
-        if not _BYTES.issuperset(map(type, keys)):  # no loop where all are just that
-            for key in keys:
-                if not isinstance(key, bytes):
-                    raise ValueError(f"keys: expected bytes, got {type(key).__name__}")
-        if count == 1:
-            return keys
-        suffix = number.to_bytes(4, "big")
-        return [key + suffix for key in keys]
-
-    def _device_spec(self, ids: Ids, first: int, group: int) -> GPULoadStoreSpec:
-        count = len(self._layout.groups)
-        sizes = [len(ids) if i == group else 0 for i in range(count)]
-        return GPULoadStoreSpec(ids, sizes, [first] * count)
 
     def _reserve(self, keys: Sequence[Key], masks: Sequence[int] | None) -> PrepareStoreOutput:
         """Slots for what of these chunks is to be stored."""
@@ -546,121 +393,5 @@ class KVOffloader:
     def _chunks(
         self, keys: Sequence[Key], masks: Sequence[int], slots: Ids, group: int, *, writing: bool
     ) -> ChunkSpec:
-        if len(self._layout.groups) > 1:  # without the group's number
-            keys = [key[:-4] for key in keys]
-        table = self._layout.groups[group].table
+        keys, table = self._reader.given(keys), self._layout.groups[group].table
         return ChunkSpec.of(keys, masks, self._pool.slots, slots, table, group, writing=writing)
-
-    def _entry(self, direction: Direction, keys: Iterable[Key], slots: Ids) -> Entry:
-        return Entry(OffloadJob(self, next(self._ids), direction), list(keys), slots.tolist())
-
-    def _open(self, entry: Entry, follows: Iterable[Key] = ()) -> OffloadJob:
-        self._ledger.open(entry, follows)
-        if not entry.transfers:
-            self._complete(entry)
-        return entry.job
-
-    def _collect(self) -> None:
-        """Take in what has ended: release pins, make stored keys loadable."""
-        with self._lock:
-            if not self._ledger.awaits_any:
-                return
-            for result in self._queue.get_finished():
-                entry = self._ledger.take(result)
-                if entry is not None:
-                    self._complete(entry)
-
-    def _complete(self, entry: Entry) -> None:
-        """Nothing that a job moves itself is under way any more."""
-        missing = entry.chunks.end() if entry.chunks is not None else []
-        if missing and all(part.success for part in entry.parts):
-            error = RuntimeError(
-                f"worker: expected it to write every chunk, got no bytes of {missing[0]!r}"
-            )
-            failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
-            entry.parts.append(failed)
-        # By its slots: it may end before an older one of its keys, from before a reset.
-        if entry.job.direction is Direction.LOAD:
-            self._manager.complete_load(entry.keys, slots=entry.slots)
-        else:
-            success = all(part.success for part in entry.parts)
-            self._manager.complete_store(entry.keys, success=success, slots=entry.slots)
-        self._ledger.moved(entry)
-
-    def _cancel(self, entry: Entry) -> bool:
-        """All of a job, if none of it has started."""
-        if entry.parts:
-            return False
-        if entry.transfers and not self._queue.cancel_together(entry.transfers):
-            return False
-        self._ledger.cancelled(entry)
-        self._complete(entry)
-        return True
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the offloader is closed")
-
-    # -- what a job asks --
-
-    def _released(self, job: OffloadJob) -> bool:
-        return all(map(self._queue.source_released, self._transfers_of(job)))
-
-    def _wait_on(self, job: OffloadJob, stream: Any) -> None:
-        for transfer in self._transfers_of(job):
-            self._queue.wait_on(transfer, stream)
-
-    def _block(self, job: OffloadJob, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._collect()  # what is small may be over
-        while job._result is None:
-            self._queue.wait(self._transfers_of(job, follows=True), _left(deadline))
-            self._collect()
-
-    def _transfers_of(self, job: OffloadJob, follows: bool = False) -> list[int]:
-        """The job's transfers under way, and those of the jobs that it follows."""
-        with self._lock:
-            entry = self._ledger.entry_of(job)
-            if entry is None:
-                return []
-            entries = [entry, *entry.follows] if follows else [entry]
-            return [transfer for each in entries for transfer in each.transfers]
-
-    def _check(self) -> None:
-        """Asserts that transfers, jobs, keys and pins belong together."""
-        with self._lock:
-            self._manager._check()
-            self._queue._check()
-            self._ledger._check()
-            known = self._ledger._of_transfer.keys() | self._ledger._cancelled
-            assert known == self._queue._worker_of.keys()
-            pinned: dict[Direction, Counter[Key]] = {each: Counter() for each in Direction}
-            for entry in self._ledger.entries:
-                if not entry.moved:
-                    pinned[entry.job.direction].update(entry.keys)
-            # Every pin is that of a job under way, and the other way round.
-            assert self._manager._pins() == (pinned[Direction.LOAD], pinned[Direction.STORE])
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _dropped(pid: int, queue: OffloadingQueueManager, pool: HostPool) -> None:
-    """An offloader was collected without `close`."""
-    if os.getpid() != pid:  # a fork's copy, of which nothing runs here
-        return
-
-    def free() -> None:
-        with ExitStack() as rest:
-            rest.callback(pool.close)
-            rest.callback(queue.shutdown)
-
-    # Not here: whoever's allocation started the collection may hold any lock, and the device may
-    # take its time.
-    threading.Thread(target=free, name="triton-offload-dropped", daemon=True).start()
-    warnings.warn(
-        "a KVOffloader was dropped without close(): expected `with KVOffloader(...)`, or a call",
-        ResourceWarning,
-        stacklevel=2,
-    )

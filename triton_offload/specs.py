@@ -34,6 +34,10 @@ class Direction(Enum):
     STORE = "store"  # device (or, of an import, a medium of the user's) to host
     LOAD = "load"  # host to device (or, of an export, to such a medium)
 
+    # A member is itself alone. The hash of an enum is worked out from its name, in Python, and
+    # members are keys of what every job looks up.
+    __hash__ = object.__hash__
+
 
 class LoadStoreSpec:
     """Where one end of a transfer lies. A medium of your own subclasses this."""

@@ -43,7 +43,7 @@ class DirectionStats:
 
     @property
     def gb_per_s(self) -> float:
-        """10**9 bytes a second while jobs were under way; overlapping jobs count twice."""
+        """10**9 bytes per second while jobs were under way; overlapping jobs count twice."""
         return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 

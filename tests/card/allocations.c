@@ -32,21 +32,29 @@ static allocation **link_of(uint64_t host) {
     return link;
 }
 
-/* Memory that is the driver's own goes back; registered memory is its owner's. */
-static void forget(allocation **link) {
+/* The driver does not know it any more. */
+static void take_out(allocation **link) {
     allocation *gone = *link;
     *link = gone->next;
     memory_remove(gone->host);
     if (gone->kind == MEMORY_DEVICE)
         device_bytes_taken[gone->ordinal] -= gone->bytes;
-    if (gone->kind != MEMORY_REGISTERED)
-        free((void *)(uintptr_t)gone->host);
     free(gone);
 }
 
+/* Memory that is the driver's own goes back; registered memory is its owner's. */
+static void forget(allocation **link) {
+    uint64_t host = (*link)->host;
+    bool own = (*link)->kind != MEMORY_REGISTERED;
+    take_out(link);
+    if (own)
+        free((void *)(uintptr_t)host);
+}
+
+/* Gives nothing back: who still holds what lay on the card before must not meet another's bytes. */
 void allocations_reset(void) {
     while (allocations)
-        forget(&allocations);
+        take_out(&allocations);
 }
 
 bool reaches_known_memory(uint64_t host, uint64_t bytes) {
@@ -63,9 +71,7 @@ static int note(uint64_t host, uint64_t bytes, memory_kind kind, unsigned flags)
         range.device += configuration.registered_offset;
     if (memory_add(range, kind == MEMORY_DEVICE) != 0)
         return -1;
-    allocation *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    allocation *made = zeroed(sizeof *made);
     *made = (allocation){.host = host,
                          .bytes = bytes,
                          .kind = kind,
@@ -115,7 +121,7 @@ static CUresult find(uint64_t host, memory_kind kind, CUresult otherwise, alloca
 
 /* -- of the device -- */
 
-ENTRY(NEEDS_CONTEXT, cuMemAlloc_v2, 0, (CUdeviceptr * made, size_t bytes), (made, bytes)) {
+ENTRY(NEEDS_CONTEXT, cuMemAlloc_v2, 0, (CUdeviceptr *made, size_t bytes), (made, bytes)) {
     CUresult error = refused_by_capture();
     return error ? error : allocate_on_device(made, bytes);
 }
@@ -142,7 +148,7 @@ ENTRY(NEEDS_CONTEXT, cuMemGetInfo_v2, 0, (size_t *free_bytes, size_t *total), (f
 }
 
 /* The memory is there at once: whoever uses it too early is not found out. */
-ENTRY(NEEDS_CONTEXT, cuMemAllocAsync, on, (CUdeviceptr * made, size_t bytes, CUstream on),
+ENTRY(NEEDS_CONTEXT, cuMemAllocAsync, on, (CUdeviceptr *made, size_t bytes, CUstream on),
       (made, bytes, on)) {
     stream *where;
     CUresult error = find_stream(on, true, &where);
@@ -173,9 +179,7 @@ ENTRY(NEEDS_CONTEXT, cuMemFreeAsync, on, (CUdeviceptr address, CUstream on), (ad
         error = find(address, MEMORY_DEVICE, CUDA_ERROR_INVALID_VALUE, &link);
     if (error)
         return error;
-    release *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    release *made = zeroed(sizeof *made);
     *made = (release){{.run = run_release, .discard = discard_release}, address};
     return enqueue(where, &made->base);
 }
@@ -263,7 +267,7 @@ static CUresult find_range(uint64_t address, const memory_range **found) {
 }
 
 ENTRY(NEEDS_CONTEXT, cuMemHostGetDevicePointer_v2, 0,
-      (CUdeviceptr * device, void *memory, unsigned flags), (device, memory, flags)) {
+      (CUdeviceptr *device, void *memory, unsigned flags), (device, memory, flags)) {
     const memory_range *range;
     uint64_t address = (uint64_t)(uintptr_t)memory;
     if (flags)
@@ -284,7 +288,7 @@ ENTRY(NEEDS_CONTEXT, cuMemHostGetFlags, 0, (unsigned *flags, void *memory), (fla
 }
 
 ENTRY(NEEDS_CONTEXT, cuMemGetAddressRange_v2, 0,
-      (CUdeviceptr * base, size_t *bytes, CUdeviceptr address), (base, bytes, address)) {
+      (CUdeviceptr *base, size_t *bytes, CUdeviceptr address), (base, bytes, address)) {
     const memory_range *range;
     CUresult error = find_range(address, &range);
     if (error)

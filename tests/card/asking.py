@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -27,11 +28,20 @@ def use(index: int) -> None:
 
 
 _retained: dict[int, Any] = {}
+_cards = itertools.count()
+_card = next(_cards)
 
 
 def forget() -> None:
     """There is another card."""
+    global _card
     _retained.clear()
+    _card = next(_cards)
+
+
+def card_number() -> int:
+    """Which card it is, of those that the process has had."""
+    return _card
 
 
 def current_index() -> int:

@@ -138,9 +138,7 @@ ENTRY(NEEDS_CONTEXT, cuStreamBeginCapture_v2, handle, (CUstream handle, CUstream
         return complain(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "the legacy stream can't capture");
     if (which->captured_by)
         return complain(CUDA_ERROR_ILLEGAL_STATE, "the stream captures already");
-    capture *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    capture *made = zeroed(sizeof *made);
     *made = (capture){.id = ++captures_begun,
                       .thread = current_thread(),
                       .mode = mode,
@@ -238,7 +236,7 @@ ENTRY(NEEDS_CONTEXT, cuStreamGetCaptureInfo_v3, handle,
     return get_status(handle, status, id);
 }
 
-ENTRY(NEEDS_INIT, cuThreadExchangeStreamCaptureMode, 0, (CUstreamCaptureMode * mode), (mode)) {
+ENTRY(NEEDS_INIT, cuThreadExchangeStreamCaptureMode, 0, (CUstreamCaptureMode *mode), (mode)) {
     CUstreamCaptureMode before = own_mode;
     own_mode = *mode;
     *mode = before;

@@ -159,7 +159,13 @@ class Card:
 
     def inject(self, name: str, error: int, first: int = 1, last: int | None = None) -> None:
         """Let the calls ``first`` to ``last`` (None: only the first) of this entry point return
-        ``error``, counted from now on; ``last=-1`` is for good."""
+        ``error``, counted from now on; ``last=-1`` is for good. The name is the library's own,
+        which ends in its version: ``cuMemFree_v2``.
+
+        Raises:
+            AttributeError: There is no such entry point.
+        """
+        self.entry(name)
         last = first if last is None else last
         self._library.card_inject(
             name.encode(),

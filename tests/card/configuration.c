@@ -20,7 +20,7 @@ typedef struct {
 } card_call;
 
 typedef struct {
-    const char *function;
+    char *function; /* a copy: its module may be unloaded */
     ptx_counters counters;
 } card_launch;
 
@@ -42,6 +42,13 @@ typedef struct {
 
 static list calls, launches, complaints, injections;
 static size_t call_under_way;
+
+void *zeroed(size_t bytes) {
+    void *memory = calloc(1, bytes ? bytes : 1);
+    if (!memory)
+        abort();
+    return memory;
+}
 
 /* Grows by one item, which the caller fills. */
 static void *append(list *to, size_t item_bytes) {
@@ -124,7 +131,10 @@ CUresult injected_into_operation(void) {
 void note_pageable_copy(void) { counts.pageable_copies++; }
 
 void note_launch(const char *function, const ptx_counters *counters) {
-    *(card_launch *)append(&launches, sizeof(card_launch)) = (card_launch){function, *counters};
+    char *name = strdup(function);
+    if (!name)
+        abort();
+    *(card_launch *)append(&launches, sizeof(card_launch)) = (card_launch){name, *counters};
 }
 
 /* -- every call -- */
@@ -173,6 +183,8 @@ CUresult call_end(CUresult result) {
 static void forget_what_was_noted(void) {
     for (size_t i = 0; i < complaints.count; i++)
         free(((char **)complaints.items)[i]);
+    for (size_t i = 0; i < launches.count; i++)
+        free(((card_launch *)launches.items)[i].function);
     calls.count = launches.count = complaints.count = injections.count = 0;
     counts = (card_counts){0};
     failing_operation = 0;

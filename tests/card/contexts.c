@@ -64,7 +64,7 @@ ENTRY(NEEDS_INIT, cuDeviceGetCount, 0, (int *count), (count)) {
     return CUDA_SUCCESS;
 }
 
-ENTRY(NEEDS_INIT, cuDeviceGet, 0, (CUdevice * device, int ordinal), (device, ordinal)) {
+ENTRY(NEEDS_INIT, cuDeviceGet, 0, (CUdevice *device, int ordinal), (device, ordinal)) {
     *device = ordinal;
     return check_device(ordinal);
 }
@@ -85,7 +85,7 @@ static void fill_uuid(CUuuid *uuid, CUdevice device) {
     uuid->bytes[15] = (char)device;
 }
 
-ENTRY(NEEDS_INIT, cuDeviceGetUuid_v2, 0, (CUuuid * uuid, CUdevice device), (uuid, device)) {
+ENTRY(NEEDS_INIT, cuDeviceGetUuid_v2, 0, (CUuuid *uuid, CUdevice device), (uuid, device)) {
     fill_uuid(uuid, device);
     return check_device(device);
 }
@@ -192,7 +192,7 @@ ENTRY(NEEDS_INIT, cuDeviceGetAttribute, 0,
 
 /* -- contexts -- */
 
-ENTRY(NEEDS_INIT, cuDevicePrimaryCtxRetain, 0, (CUcontext * retained, CUdevice device),
+ENTRY(NEEDS_INIT, cuDevicePrimaryCtxRetain, 0, (CUcontext *retained, CUdevice device),
       (retained, device)) {
     CUresult error = check_device(device);
     if (error)
@@ -233,7 +233,7 @@ static CUresult check_context(CUcontext handle) {
     return complain(CUDA_ERROR_INVALID_CONTEXT, "%p is no context", (void *)handle);
 }
 
-ENTRY(NEEDS_INIT, cuCtxGetCurrent, 0, (CUcontext * current), (current)) {
+ENTRY(NEEDS_INIT, cuCtxGetCurrent, 0, (CUcontext *current), (current)) {
     *current = (CUcontext)current_context();
     return CUDA_SUCCESS;
 }
@@ -263,7 +263,7 @@ ENTRY(NEEDS_INIT, cuCtxPushCurrent_v2, 0, (CUcontext wanted), (wanted)) {
     return CUDA_SUCCESS;
 }
 
-ENTRY(NEEDS_INIT, cuCtxPopCurrent_v2, 0, (CUcontext * popped), (popped)) {
+ENTRY(NEEDS_INIT, cuCtxPopCurrent_v2, 0, (CUcontext *popped), (popped)) {
     context *current = current_context();
     if (!current)
         return complain(CUDA_ERROR_INVALID_CONTEXT, "there is none to pop");
@@ -274,7 +274,7 @@ ENTRY(NEEDS_INIT, cuCtxPopCurrent_v2, 0, (CUcontext * popped), (popped)) {
 }
 
 /* Of a lost context, too: who asks wants to know where he is. */
-ENTRY(NEEDS_INIT, cuCtxGetDevice, 0, (CUdevice * device), (device)) {
+ENTRY(NEEDS_INIT, cuCtxGetDevice, 0, (CUdevice *device), (device)) {
     if (!current_context())
         return complain(CUDA_ERROR_INVALID_CONTEXT, "no context is current to thread %d",
                         current_thread());

@@ -111,9 +111,7 @@ static void discard_copy(operation *self) {
 }
 
 static copy *new_copy(size_t count) {
-    copy *made = calloc(1, sizeof *made + count * sizeof *made->pieces);
-    if (!made)
-        abort();
+    copy *made = zeroed(sizeof *made + count * sizeof *made->pieces);
     made->base = (operation){.is_work = true, .run = run_copy, .discard = discard_copy};
     made->count = count;
     return made;
@@ -124,9 +122,12 @@ static CUresult queue_copy(stream *on, copy *made) {
     bool pageable = false;
     for (size_t i = 0; i < made->count; i++)
         pageable |= made->pieces[i].pageable_to || made->pieces[i].pageable_from;
-    bool captured = is_capturing(on);
+    if (pageable && is_capturing(on)) {
+        discard_copy(&made->base);
+        return refused_while_capturing(on);
+    }
     CUresult error = enqueue(on, &made->base);
-    if (error || !pageable || captured)
+    if (error || !pageable)
         return error;
     note_pageable_copy();
     drain(on);
@@ -163,8 +164,8 @@ static CUresult copy_now(uint64_t to, uint64_t from, size_t bytes) {
     return current_context()->lost;
 }
 
-ENTRY(NEEDS_CONTEXT, cuMemcpyAsync, on, (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream on),
-      (to, from, bytes, on)) {
+ENTRY(NEEDS_CONTEXT, cuMemcpyAsync, on,
+      (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream on), (to, from, bytes, on)) {
     return copy_bytes(to, from, bytes, on);
 }
 
@@ -261,9 +262,7 @@ static CUresult check_attributes(const batch *of) {
 static void take_snapshot(piece *of) {
     const memory_range *range = of->pageable_from ? NULL : memory_of_device(of->from);
     uint64_t source = range ? range->host + (of->from - range->device) : of->from;
-    of->snapshot = malloc(of->width);
-    if (!of->snapshot)
-        abort();
+    of->snapshot = zeroed(of->width);
     memcpy(of->snapshot, (const void *)(uintptr_t)source, of->width);
 }
 
@@ -318,7 +317,7 @@ static CUresult refuse_older(int version) {
 
 /* Of 12.8: tells which entry it refused. */
 ENTRY(NEEDS_CONTEXT, cuMemcpyBatchAsync, on,
-      (CUdeviceptr * to, CUdeviceptr *from, size_t *sizes, size_t count,
+      (CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t count,
        CUmemcpyAttributes *attributes, size_t *first_entries, size_t num_attributes,
        size_t *failed, CUstream on),
       (to, from, sizes, count, attributes, first_entries, num_attributes, failed, on)) {
@@ -339,7 +338,7 @@ CUresult cuMemcpyBatchAsync_v2(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes
 
 /* Of 13.0. */
 ENTRY(NEEDS_CONTEXT, cuMemcpyBatchAsync_v2, on,
-      (CUdeviceptr * to, CUdeviceptr *from, size_t *sizes, size_t count,
+      (CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t count,
        CUmemcpyAttributes *attributes, size_t *first_entries, size_t num_attributes, CUstream on),
       (to, from, sizes, count, attributes, first_entries, num_attributes, on)) {
     CUresult error = refuse_older(13000);
@@ -386,9 +385,7 @@ ENTRY(NEEDS_CONTEXT, cuMemsetD8Async, on,
     if (pageable)
         return complain(CUDA_ERROR_INVALID_VALUE, "0x%llx is no memory of the device's",
                         (unsigned long long)address);
-    fill *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    fill *made = zeroed(sizeof *made);
     *made = (fill){.base = {.is_work = true, .run = run_fill, .discard = discard_fill},
                    .ordinal = current_context()->ordinal,
                    .address = address,

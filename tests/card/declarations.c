@@ -22,7 +22,7 @@ static void read_registers(parser *state) {
             bits = types[i].bits;
     if (!bits)
         parser_fail(state, type_name.line, "registers of the type %.*s are not known",
-             (int)type_name.bytes, type_name.text);
+                    (int)type_name.bytes, type_name.text);
     ptx_function *function = state->function;
     do {
         token name = expect_kind(state, TOKEN_WORD, "a register");
@@ -36,7 +36,10 @@ static void read_registers(parser *state) {
             (register_range){copied(state, name.text, name.bytes), count, function->num_registers,
                              state->depth};
         for (uint32_t i = 0; i < (count ? count : 1); i++) {
-            char full[80];
+            char full[128];
+            if (name.bytes > sizeof full - 16)
+                parser_fail(state, name.line, "a name of more than %zu characters",
+                            sizeof full - 16);
             int bytes = count ? snprintf(full, sizeof full, "%.*s%u", (int)name.bytes, name.text, i)
                               : snprintf(full, sizeof full, "%.*s", (int)name.bytes, name.text);
             function->registers = grown(state, function->registers, function->num_registers,
@@ -184,6 +187,7 @@ static void read_entry(parser *state) {
             tokens_skip_line(reader, word.line); /* .minnctapersm and other wishes */
         }
     }
+    uint32_t outer_variables = state->num_variables, outer_bytes = state->shared_bytes;
     state->depth = 1;
     while (state->depth > 0) {
         if (reader->ahead.kind == TOKEN_END)
@@ -197,6 +201,9 @@ static void read_entry(parser *state) {
     join_labels(state);
     forget_names(state);
     function->static_shared_bytes = state->shared_bytes;
+    while (state->num_variables > outer_variables) /* its own go with it */
+        free(state->variables[--state->num_variables].name);
+    state->shared_bytes = outer_bytes;
 }
 
 static int read_module(parser *state, const char *text) {

@@ -286,9 +286,9 @@ static int decode_simple(opcode_parts *parts, instruction *into, operand_counts 
             continue;
         if (!take_type(parts, &into->type) || into->type.bits == 8)
             return -1;
-        if (into->type.bits == 1 && !(SIMPLE[i].operation >= OP_AND && SIMPLE[i].operation <= OP_NOT))
-            return -1;
         into->operation = SIMPLE[i].operation;
+        if (into->type.bits == 1 && (into->operation < OP_AND || into->operation > OP_NOT))
+            return -1;
         into->result_type = into->type;
         if (SIMPLE[i].result_bits)
             into->result_type = (type){SIMPLE[i].result_bits, 0};

@@ -57,6 +57,8 @@ CUresult call_end(CUresult result);
     }                                                                                              \
     static CUresult do_##name parameters
 
+/* New memory of zeros. There always is some: a test's machine has it, or the test ends. */
+void *zeroed(size_t bytes);
 /* Notes why the call under way fails, and returns the error. */
 CUresult complain(CUresult error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* The same of what was queued by a call that is over. */

@@ -40,12 +40,10 @@ static CUresult find_event(CUevent handle, event **found) {
     return complain(CUDA_ERROR_INVALID_HANDLE, "%p is no event", (void *)handle);
 }
 
-ENTRY(NEEDS_CONTEXT, cuEventCreate, 0, (CUevent * made, unsigned flags), (made, flags)) {
+ENTRY(NEEDS_CONTEXT, cuEventCreate, 0, (CUevent *made, unsigned flags), (made, flags)) {
     if (flags & ~(unsigned)(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING))
         return complain(CUDA_ERROR_INVALID_VALUE, "flags are 0x%x", flags);
-    event *each = calloc(1, sizeof *each);
-    if (!each)
-        abort();
+    event *each = zeroed(sizeof *each);
     *each = (event){.of = current_context(), .flags = flags, .next = events};
     events = each;
     *made = (CUevent)each;
@@ -102,9 +100,7 @@ static void discard_wait(operation *self) {
 }
 
 static marking *new_marking(mark *of) {
-    marking *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    marking *made = zeroed(sizeof *made);
     made->of = of;
     of->users++;
     return made;
@@ -122,9 +118,7 @@ static CUresult record(CUevent handle, CUstream on) {
         return complain(CUDA_ERROR_INVALID_HANDLE,
                         "event %p is of device %d, the stream of device %d", (void *)handle,
                         which->of->ordinal, where->of->ordinal);
-    mark *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    mark *made = zeroed(sizeof *made);
     made->on = where;
     marking *queued = new_marking(made);
     queued->base = (operation){.run = reach, .discard = discard_record};

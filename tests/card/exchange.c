@@ -46,7 +46,8 @@ static void shuffle(machine *m, warp *w, uint32_t lanes) {
         }
         from = within ? from : lane;
         if (!(lanes >> from & 1))
-            machine_fail(m, LAUNCH_FAILED, lane, "lane %d, whose value is taken, is not here", from);
+            machine_fail(m, LAUNCH_FAILED, lane, "lane %d, whose value is taken, is not here",
+                         from);
         out[0][lane] = sources[0][from];
         out[1][lane] = (uint64_t)within;
     }

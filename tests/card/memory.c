@@ -164,7 +164,8 @@ void *memory_reach(uint64_t device, uint64_t bytes, memory_access access, int or
     if (range->written && access == MEMORY_READ) {
         const uint8_t *unwritten = memchr(range->written + offset, 0, bytes);
         if (unwritten)
-            return refuse(why, why_bytes, "the byte at 0x%llx of [0x%llx, 0x%llx) was never written",
+            return refuse(why, why_bytes,
+                          "the byte at 0x%llx of [0x%llx, 0x%llx) was never written",
                           (unsigned long long)(range->device + (unwritten - range->written)),
                           (unsigned long long)range->device,
                           (unsigned long long)(range->device + range->bytes));

@@ -80,21 +80,19 @@ static CUresult load(CUmodule *made, const void *image) {
     ptx_module *code = ptx_load(image, why, sizeof why);
     if (!code)
         return complain(CUDA_ERROR_INVALID_PTX, "%s", why);
-    module *each = calloc(1, sizeof *each);
-    if (!each)
-        abort();
+    module *each = zeroed(sizeof *each);
     *each = (module){.of = current_context(), .code = code, .next = modules};
     modules = each;
     *made = (CUmodule)each;
     return CUDA_SUCCESS;
 }
 
-ENTRY(NEEDS_CONTEXT, cuModuleLoadData, 0, (CUmodule * made, const void *image), (made, image)) {
+ENTRY(NEEDS_CONTEXT, cuModuleLoadData, 0, (CUmodule *made, const void *image), (made, image)) {
     return load(made, image);
 }
 
 ENTRY(NEEDS_CONTEXT, cuModuleLoadDataEx, 0,
-      (CUmodule * made, const void *image, unsigned count, CUjit_option *options, void **values),
+      (CUmodule *made, const void *image, unsigned count, CUjit_option *options, void **values),
       (made, image, count, options, values)) {
     (void)count, (void)options, (void)values;
     return load(made, image);
@@ -111,7 +109,7 @@ ENTRY(NEEDS_CONTEXT, cuModuleUnload, 0, (CUmodule handle), (handle)) {
     return CUDA_SUCCESS;
 }
 
-ENTRY(NEEDS_CONTEXT, cuModuleGetFunction, 0, (CUfunction * found, CUmodule handle, const char *name),
+ENTRY(NEEDS_CONTEXT, cuModuleGetFunction, 0, (CUfunction *found, CUmodule handle, const char *name),
       (found, handle, name)) {
     module *in;
     CUresult error = find_module(handle, &in);
@@ -120,9 +118,7 @@ ENTRY(NEEDS_CONTEXT, cuModuleGetFunction, 0, (CUfunction * found, CUmodule handl
     const ptx_function *code = ptx_find(in->code, name);
     if (!code)
         return complain(CUDA_ERROR_NOT_FOUND, "the module has no function %s", name);
-    function *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    function *made = zeroed(sizeof *made);
     *made = (function){.in = in, .code = code, .next = functions};
     strncpy(made->name, name, sizeof made->name - 1);
     functions = made;
@@ -216,9 +212,7 @@ static void **copy_of_parameters(const ptx_function *code, void **values) {
     size_t bytes = (size_t)count * sizeof(void *);
     for (int i = 0; i < count; i++)
         bytes += (ptx_parameter_bytes(code, i) + 7) / 8 * 8;
-    void **copies = malloc(bytes ? bytes : 1);
-    if (!copies)
-        abort();
+    void **copies = zeroed(bytes);
     char *next = (char *)(copies + count);
     for (int i = 0; i < count; i++) {
         copies[i] = memcpy(next, values[i], ptx_parameter_bytes(code, i));
@@ -261,9 +255,7 @@ static CUresult launch_on(CUfunction handle, const CUlaunchConfig *shape, void *
     if (extra || (!values && ptx_num_parameters(what->code) > 0))
         return complain(CUDA_ERROR_INVALID_VALUE, "%s: parameters are taken one by one alone",
                         what->name);
-    launch *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    launch *made = zeroed(sizeof *made);
     *made = (launch){.base = {.is_work = true, .run = run_launch, .discard = discard_launch},
                      .what = what,
                      .grid = {shape->gridDimX, shape->gridDimY, shape->gridDimZ},

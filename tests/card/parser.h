@@ -9,7 +9,8 @@
 
 enum { DYNAMIC = -1 };
 
-/* `.reg .b32 %r<55>`: registers %r0 to %r54; `.reg .b32 sum`: one. Known to the end of its braces. */
+/* `.reg .b32 %r<55>`: registers %r0 to %r54; `.reg .b32 sum`: one. Known to the end of its
+   braces. */
 typedef struct {
     char *prefix;
     uint32_t count, first; /* count 0: one register, of just this name */

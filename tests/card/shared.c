@@ -24,7 +24,8 @@ static void expect_readable(machine *m, const warp *w, int lane, uint32_t place,
         shared_byte *byte = &m->shared_state[at];
         if (byte->pending)
             machine_fail(m, LAUNCH_FAILED, lane,
-                         "read before wait_group: a copy to 0x%x of shared memory is under way", at);
+                         "read before wait_group: a copy to 0x%x of shared memory is under way",
+                         at);
         if (byte->written_in == 0)
             machine_fail(m, ILLEGAL_ADDRESS, lane,
                          "the byte at 0x%x of shared memory was never written", at);
@@ -178,7 +179,8 @@ void commit_copies(warp *w, uint32_t lanes) {
         w->groups[lane] += lanes >> lane & 1;
 }
 
-/* All groups of these lanes but so many of the last; without a number, what was not committed, too. */
+/* All groups of these lanes but so many of the last; without a number, what was not committed,
+   too. */
 void land_copies(machine *m, warp *w, uint32_t lanes) {
     const instruction *i = m->running;
     uint32_t kept = 0;

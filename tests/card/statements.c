@@ -53,7 +53,7 @@ static operand named_operand(parser *state, token name) {
         if (token_is(name, state->function->parameters[i].name))
             return (operand){OPERAND_IMMEDIATE, state->function->parameters[i].offset};
     parser_fail(state, name.line, "%.*s is no register, parameter or variable that is known",
-         (int)name.bytes, name.text);
+                (int)name.bytes, name.text);
 }
 
 static operand read_value(parser *state) {
@@ -145,7 +145,8 @@ static void settle(parser *state, instruction *made) {
         made->bytes = (uint32_t)made->sources[2].value;
         int wide = made->bytes == 16;
         if (!wide && (made->mode || (made->bytes != 4 && made->bytes != 8)))
-            parser_fail(state, line, "%s: expected 16 bytes%s", made->text, made->mode ? "" : ", 8 or 4");
+            parser_fail(state, line, "%s: expected 16 bytes%s", made->text,
+                        made->mode ? "" : ", 8 or 4");
     }
     if (made->operation == OP_LOP3 && made->sources[3].kind != OPERAND_IMMEDIATE)
         parser_fail(state, line, "%s: expected a constant table", made->text);
@@ -175,7 +176,8 @@ static void read_guard(parser *state, instruction *made) {
     token name = expect_kind(state, TOKEN_WORD, "a predicate");
     int64_t number = register_of(state, name);
     if (number < 0 || state->function->registers[number].bits != 1)
-        parser_fail(state, name.line, "%.*s is no predicate that is known", (int)name.bytes, name.text);
+        parser_fail(state, name.line, "%.*s is no predicate that is known", (int)name.bytes,
+                    name.text);
     made->guard = (int32_t)number;
 }
 

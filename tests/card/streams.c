@@ -27,9 +27,7 @@ void streams_reset(void) {
 }
 
 stream *new_stream(context *of, unsigned flags, int priority) {
-    stream *made = calloc(1, sizeof *made);
-    if (!made)
-        abort();
+    stream *made = zeroed(sizeof *made);
     *made = (stream){.of = of, .flags = flags, .priority = priority, .next = streams};
     streams = made;
     return made;
@@ -186,13 +184,13 @@ static CUresult make_stream(CUstream *made, unsigned flags, int priority) {
     return CUDA_SUCCESS;
 }
 
-ENTRY(NEEDS_CONTEXT, cuStreamCreate, 0, (CUstream * made, unsigned flags), (made, flags)) {
+ENTRY(NEEDS_CONTEXT, cuStreamCreate, 0, (CUstream *made, unsigned flags), (made, flags)) {
     return make_stream(made, flags, 0);
 }
 
 /* Priorities beyond the range are clamped to it. */
 ENTRY(NEEDS_CONTEXT, cuStreamCreateWithPriority, 0,
-      (CUstream * made, unsigned flags, int priority), (made, flags, priority)) {
+      (CUstream *made, unsigned flags, int priority), (made, flags, priority)) {
     int clamped = priority > 0 ? 0 : priority < -5 ? -5 : priority;
     return make_stream(made, flags, clamped);
 }

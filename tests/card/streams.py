@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from .asking import OnDevice, ask, current_index, index_of, use
+from .asking import OnDevice, ask, card_number, current_index, index_of, use
 
 NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 DISABLE_TIMING = int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
@@ -101,6 +101,7 @@ class Event:
     ) -> None:
         self._flags = 0 if enable_timing else DISABLE_TIMING
         self._event: Any = None
+        self._card = card_number()
         self.device: torch.device | None = None
 
     def record(self, stream: Stream | None = None) -> None:
@@ -108,7 +109,7 @@ class Event:
         with OnDevice(stream.device):
             if self._event is None:
                 self._event = ask(driver.cuEventCreate(self._flags))
-                self.device = stream.device
+                self._card, self.device = card_number(), stream.device
             ask(driver.cuEventRecord(self._event, stream.cuda_stream))
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -135,7 +136,7 @@ class Event:
         return float(ask(driver.cuEventElapsedTime(self._event, end._event)))
 
     def __del__(self) -> None:
-        if self._event is not None and self.device is not None:
+        if self._event is not None and self._card == card_number():
             with OnDevice(self.device):
                 driver.cuEventDestroy(self._event)
 
@@ -143,8 +144,6 @@ class Event:
 # -- the current stream: of each thread, of each device --
 
 _own = threading.local()
-_cards = itertools.count()
-_card = next(_cards)
 
 
 def _streams() -> dict[tuple[int, int], Stream]:
@@ -155,19 +154,17 @@ def _streams() -> dict[tuple[int, int], Stream]:
 
 def current_stream(device: Any = None) -> Stream:
     index = index_of(device)
-    return _streams().get((_card, index)) or ExternalStream(0, index)
+    return _streams().get((card_number(), index)) or ExternalStream(0, index)
 
 
 def set_stream(stream: Stream) -> None:
-    _streams()[_card, stream.device.index] = stream
+    _streams()[card_number(), stream.device.index] = stream
     use(stream.device.index)
 
 
 def forget() -> None:
     """There is another card."""
-    global _card
     _pools.clear()
-    _card = next(_cards)
 
 
 @contextmanager

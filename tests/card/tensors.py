@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from .asking import OnDevice, ask, current_index, index_of, use
+from .asking import OnDevice, ask, card_number, current_index, index_of
 from .card import Card
 from .streams import current_stream, is_current_stream_capturing
 
@@ -74,10 +74,20 @@ def _num_bytes(shape: Any, dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _free_on_device(address: int, index: int) -> None:
+def _free_on_device(address: int, index: int, card: int) -> None:
     """In the order of the default stream, as torch hands it out again."""
-    with OnDevice(index):
-        driver.cuMemFreeAsync(address, 0)
+    if card == card_number():
+        with OnDevice(index):
+            driver.cuMemFreeAsync(address, 0)
+
+
+def _spoil_pinned(address: int, num_bytes: int) -> None:
+    """torch keeps it for the next who asks, whatever still reads it."""
+    ctypes.memset(address, _POISON, num_bytes)
+
+
+def _at_its_end(memory: _Memory, function: Callable[..., None], *arguments: int) -> None:
+    weakref.finalize(memory, function, *arguments).atexit = False
 
 
 def on_card(shape: Any, dtype: torch.dtype, index: int) -> CardTensor:
@@ -85,7 +95,7 @@ def on_card(shape: Any, dtype: torch.dtype, index: int) -> CardTensor:
     with OnDevice(index):
         address = int(ask(driver.cuMemAlloc(num_bytes)))
     memory = _Memory(address, num_bytes, index)
-    weakref.finalize(memory, _free_on_device, address, index).atexit = False
+    _at_its_end(memory, _free_on_device, address, index, card_number())
     _allocations[address] = memory
     return _as_card_tensor(_over(memory, shape, dtype))
 
@@ -103,13 +113,12 @@ def _foreign(owner: Any) -> CardTensor:
 
 
 def pinned(shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Host memory of `cuMemHostAlloc`. torch keeps it for the next who asks, whatever still reads
-    it: when the tensor goes its bytes do, too."""
+    """Host memory of `cuMemHostAlloc`, which is never freed: when the tensor goes its bytes do."""
     current_index()
     num_bytes = max(1, _num_bytes(shape, dtype))
     address = int(ask(driver.cuMemHostAlloc(num_bytes, 0)))
     memory = _Memory(address, num_bytes, -1)
-    weakref.finalize(memory, ctypes.memset, address, _POISON, num_bytes).atexit = False
+    _at_its_end(memory, _spoil_pinned, address, num_bytes)
     return _over(memory, shape, dtype)
 
 
@@ -175,6 +184,13 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if func in _VIEWS or gives_view:
         with _without_dispatch():
             return _wrapped(func(*args, **kwargs), args)
+    on = next((each.device for each in args if isinstance(each, CardTensor)), None)
+    with OnDevice(on):
+        return _run(func, args, kwargs, writes)
+
+
+def _run(func: Any, args: Any, kwargs: Any, writes: list[bool]) -> Any:
+    """On the current stream of the current device."""
     if any(writes) and is_current_stream_capturing():
         return args[0]  # of the graph, which nothing ever launches
     queue = _QUEUED.get(func)
@@ -217,11 +233,12 @@ def _mark_written(tensor: torch.Tensor) -> None:
 
 
 def _queue_fill(tensor: CardTensor, value: Any = 0) -> bool:
+    if isinstance(value, torch.Tensor) and not isinstance(value, CardTensor):
+        value = value.item()
     plain = isinstance(value, int) and (tensor.element_size() == 1 or value == 0)
     if not plain or not tensor.is_contiguous():
         return False
     address, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    use(tensor.device.index)
     ask(driver.cuMemsetD8Async(address, value % 256, num_bytes, current_stream().cuda_stream))
     return True
 
@@ -241,6 +258,7 @@ def _queue_copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False
 _QUEUED = {
     torch.ops.aten.zero_.default: _queue_fill,
     torch.ops.aten.fill_.Scalar: _queue_fill,
+    torch.ops.aten.fill_.Tensor: _queue_fill,
     torch.ops.aten.copy_.default: _queue_copy,
 }
 

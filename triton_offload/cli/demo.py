@@ -29,7 +29,8 @@ from rich.progress import Progress
 from triton_offload.cli.output import table
 
 if TYPE_CHECKING:
-    from triton_offload.vllm import TransferCounts, TritonOffloadingWorker
+    from triton_offload.stats import DirectionStats
+    from triton_offload.vllm import TritonOffloadingWorker
 
 # As float32 it reads 12.08: wrong as a key and as a value, and no NaN that would spread through
 # the masked positions of an attention kernel.
@@ -96,7 +97,8 @@ class Engine:
     @property
     def worker(self) -> TritonOffloadingWorker:
         """The transfers' side of the connector."""
-        return self._connector_worker().worker  # type: ignore[no-any-return]
+        worker = self._connector_worker().worker
+        return getattr(worker, "transfers", worker)  # type: ignore[no-any-return]
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Generation]:
         """Answers to all prompts, which are queued at once."""
@@ -264,8 +266,8 @@ class DemoResult:
     platform: str
     num_prompts: int
     prompt_tokens: int
-    stores: TransferCounts
-    loads: TransferCounts
+    stores: DirectionStats
+    loads: DirectionStats
     seconds_to_first_recomputed: float
     seconds_to_first_loaded: float
     equal_outputs: int

@@ -33,7 +33,7 @@ MODELS = {
     "qwen2.5-7b": _attention(28, 4, 128, "Qwen/Qwen2.5-7B"),
     "mistral-7b": _attention(32, 8, 128, "mistralai/Mistral-7B-v0.3"),
     "smollm2-135m": _attention(30, 3, 64, "HuggingFaceTB/SmolLM2-135M"),
-    # Multi-head latent attention keeps one latent and one rotary key a token, for all heads.
+    # Multi-head latent attention keeps one latent and one rotary key per token, for all heads.
     "deepseek-v3": KVGeometry(
         61,
         (512 + 64) * 2,

@@ -136,12 +136,12 @@ class ReplayReport:
 
     @property
     def store_gb_per_s(self) -> float:
-        """10**9 bytes a second of transfer."""
+        """10**9 bytes per second of transfer."""
         return self.stored_bytes / self.store_seconds / 1e9 if self.store_seconds else 0.0
 
     @property
     def load_gb_per_s(self) -> float:
-        """10**9 bytes a second of transfer."""
+        """10**9 bytes per second of transfer."""
         return self.loaded_bytes / self.load_seconds / 1e9 if self.load_seconds else 0.0
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from triton_offload.transfer.layout import CacheLayout, GroupRun
 
@@ -15,8 +16,7 @@ from triton_offload.transfer.layout import CacheLayout, GroupRun
 _ZEROS, _MIXED = -1, -2
 
 
-@dataclass(frozen=True, slots=True)
-class SlotMarks:
+class SlotMarks(NamedTuple):
     """What a store must know of its slots; chunks are counted within the segment.
 
     `kept`: chunks whose slot keeps bytes that a copy of the whole chunk would overwrite, since the
@@ -34,30 +34,30 @@ class SlotContents:
 
     def __init__(self, layout: CacheLayout, num_slots: int) -> None:
         # The group whose chunk each slot holds, or one of the two above.
-        self._holder = np.full(num_slots, _ZEROS, dtype=np.int32)
-        # [group, holder]: whether a store of a whole chunk of the group leaves no byte of what the
+        self._holder = np.full(num_slots, _ZEROS, dtype=np.int64)
+        # [group, holder]: whether a store of a whole chunk of the group leaves a byte of what the
         # slot held; the last two columns are those of _MIXED and _ZEROS.
-        edges = np.tile(np.array([False, True]), (len(layout.groups), 1))
-        self._overwrites = np.hstack([~layout.leaves_stale, edges])
+        edges = np.tile(np.array([True, False]), (len(layout.groups), 1))
+        self._leaves = np.hstack([layout.leaves_stale, edges])
 
     def store(self, run: GroupRun) -> SlotMarks:
         """A store of this run is queued now: what it must clear. From here on its slots hold it."""
         group, partial = run.group.index, run.partial_chunks()
         holder = self._holder[run.slot_ids]
-        if not partial and not run.group.has_gaps and run.fresh is not None and run.fresh.all():
+        stale = self._leaves[group][holder]
+        all_fresh = run.fresh is not None and np.count_nonzero(run.fresh) == len(holder)
+        if all_fresh and not partial and not run.group.has_gaps:
             self._holder[run.slot_ids] = group  # the common store: whole chunks in fresh slots
-            stale = np.flatnonzero(~self._overwrites[group, holder])
-            return SlotMarks(stale=tuple(stale.tolist()))
+            return SlotMarks(stale=_places(stale))
         fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
-        stale = np.flatnonzero(fresh & ~self._overwrites[group, holder])
         alone = fresh | (holder == _ZEROS) | (holder == group)
         self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
         return SlotMarks(
-            kept=tuple(np.flatnonzero(~fresh).tolist())
+            kept=_places(~fresh)
             if run.group.has_gaps
             else tuple(chunk for chunk in partial if not fresh[chunk]),
             unfilled=tuple(chunk for chunk in partial if fresh[chunk]),
-            stale=tuple(stale.tolist()),
+            stale=_places(fresh & stale),
         )
 
     def doubt(self, runs: Iterable[GroupRun]) -> None:
@@ -66,4 +66,8 @@ class SlotContents:
             self._holder[run.slot_ids] = _MIXED
 
     def _check(self) -> None:
-        assert ((self._holder >= _MIXED) & (self._holder < len(self._overwrites))).all()
+        assert ((self._holder >= _MIXED) & (self._holder < len(self._leaves))).all()
+
+
+def _places(flags: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(flags.nonzero()[0].tolist())

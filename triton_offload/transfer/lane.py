@@ -155,9 +155,17 @@ class Lane:
         return True
 
     def _split(self, runs: list[GroupRun]) -> Iterator[Planned]:
-        for run in runs:
+        # What fills a path's two stages is short, and what drains them. A store behind others finds
+        # them full; a load is waited for, whatever comes behind it.
+        stores = self.direction is Direction.STORE
+        fills = stores and not self._in_flight
+        for i, run in enumerate(runs):
             path = self.paths.choose(run)
-            for part in run.split(max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))):
+            most = max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))
+            short = self.paths.short_chunks(path, run)
+            first = short if fills and i == 0 else 0
+            last = short if not stores and i == len(runs) - 1 else 0
+            for part in run.split(most, first, last):
                 yield Planned(path, part)
 
     def _has_room(self, run: GroupRun) -> bool:

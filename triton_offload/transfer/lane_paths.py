@@ -43,7 +43,7 @@ class LanePaths:
         unbatched = CROSSINGS[path].where_unbatched
         if unbatched is not None and not self._streams.takes_batches:
             path = unbatched
-        for _ in CROSSINGS:  # enough steps to find one that is not broken: `give_up` keeps one
+        for _ in self._broken:  # enough steps to find one that is not broken: `give_up` keeps one
             if path in self._broken:
                 path = CROSSINGS[path].stands_in
         return path
@@ -83,3 +83,7 @@ class LanePaths:
     def max_chunks(self, path: Path, run: GroupRun) -> int:
         """Chunks in a segment of the run."""
         return CROSSINGS[path].max_chunks(self._streams, run)
+
+    def short_chunks(self, path: Path, run: GroupRun) -> int:
+        """See `Crossing.short_chunks`."""
+        return CROSSINGS[path].short_chunks(run)

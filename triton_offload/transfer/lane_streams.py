@@ -55,6 +55,7 @@ class LaneStreams:
             max(buffer_bytes // group.packed.slot_bytes for group in layout.groups)
         )
         self._places.numpy()[:] = np.arange(len(self._places))
+        self._places_of = len(self._places), self._places
         for group in layout.groups:
             device.prepare(group.packed, self._ring.take().slots(group.packed))
             device.prepare(group.table, pool.slots)
@@ -112,7 +113,7 @@ class LaneStreams:
             self.close_streams()
         finally:
             self._ring.close()
-            for memory in ("_zeros", "_places", "pool"):
+            for memory in ("_zeros", "_places", "_places_of", "pool"):
                 vars(self).pop(memory, None)
 
     # -- for the paths --
@@ -126,7 +127,10 @@ class LaneStreams:
 
     def places(self, count: int) -> torch.Tensor:
         """int64 [count]: chunk i of a segment lies in slot i of its staging buffer."""
-        return self._places[:count]
+        known, places = self._places_of  # most segments are as long as the one before
+        if known != count:
+            self._places_of = count, (places := self._places[:count])
+        return places
 
     def copy_chunks(self, run: GroupRun, staging: torch.Tensor, skip: tuple[int, ...]) -> int:
         """Whole chunks, but those to skip, between staging and slots; how many copies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -25,7 +26,8 @@ class GroupLayout:
     where only the group's own tensors take room; `byte_ranges` are what the two share.
     `has_gaps`: pages are padded, so that a range has bytes that no page of the group owns.
     `columns`: int64 [5, tensors], of the table's pages their address in block 0, bytes between
-    blocks, page bytes, offset in the slot, and bytes between pages in the slot.
+    blocks, page bytes, offset in the slot, and bytes between pages in the slot. `range_columns`:
+    int64 [3, byte ranges], their offset in the slot, in the buffer, and their bytes.
     """
 
     index: int
@@ -34,6 +36,7 @@ class GroupLayout:
     byte_ranges: tuple[ByteRange, ...]
     has_gaps: bool
     columns: Ids
+    range_columns: Ids
 
     @classmethod
     def of(cls, index: int, table: PageTable) -> GroupLayout:
@@ -43,7 +46,10 @@ class GroupLayout:
         ]
         columns = np.array(rows, dtype=np.int64).T.copy()
         gaps = bool((columns[4] != columns[2]).any())
-        return cls(index, table, table.packed(), table.byte_ranges, gaps, columns)
+        ranges = [(r.slot_offset, r.packed_offset, r.num_bytes) for r in table.byte_ranges]
+        range_columns = np.array(ranges, dtype=np.int64).T.copy()
+        packed = table.packed()
+        return cls(index, table, packed, table.byte_ranges, gaps, columns, range_columns)
 
 
 class CacheLayout:
@@ -212,11 +218,19 @@ class GroupRun(NamedTuple):
     def num_bytes(self) -> int:
         return len(self.block_ids) * self.group.table.bytes_per_block
 
-    def split(self, max_chunks: int) -> Iterator[GroupRun]:
-        """The run in parts of at most `max_chunks` chunks."""
+    def split(self, max_chunks: int, first: int = 0, last: int = 0) -> Iterator[GroupRun]:
+        """The run in parts of at most `max_chunks` chunks.
+
+        `first`, `last`: of a first part, or a last one, that would have three times as many chunks
+        or more, so many are a part of their own; 0: none are.
+        """
         span = self.group.table.blocks_per_chunk
-        for chunk in range(0, len(self.slot_ids), max_chunks):
-            end = min(chunk + max_chunks, len(self.slot_ids))
+        ends = [0, *range(max_chunks, len(self.slot_ids), max_chunks), len(self.slot_ids)]
+        if first and ends[1] >= 3 * first:
+            ends.insert(1, first)
+        if last and ends[-1] - ends[-2] >= 3 * last:
+            ends.insert(-1, ends[-1] - last)
+        for chunk, end in itertools.pairwise(ends):
             blocks = slice(max(0, chunk * span - self.first), end * span - self.first)
             yield GroupRun(
                 self.group,
@@ -235,6 +249,8 @@ class GroupRun(NamedTuple):
     def partial_chunks(self) -> list[int]:
         """The chunks that the run does not fill: at most the first and the last."""
         span = self.group.table.blocks_per_chunk
+        if len(self.block_ids) == len(self.slot_ids) * span:
+            return []
         ends = {0, len(self.slot_ids) - 1}
         return [chunk for chunk in sorted(ends) if self.blocks_of_chunk(chunk) != (0, span)]
 

@@ -338,10 +338,11 @@ class Pipeline:
         if len(slot_ids) == 0:
             return after
         for other in list(self._lanes) if name == "store" else ["store"]:
-            last = int(self._last_on_slot[other][slot_ids].max())
-            job = self._jobs_of_lane[other].get(last)
-            if job is not None:
-                after.append(job)
+            under_way = self._jobs_of_lane[other]
+            if under_way:
+                job = under_way.get(int(self._last_on_slot[other][slot_ids].max()))
+                if job is not None:
+                    after.append(job)
         return after
 
     def _unfinished(self, name: str | None = None) -> list[Job]:

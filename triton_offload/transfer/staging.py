@@ -13,6 +13,8 @@ from triton_offload.device.base import Device, Event
 from triton_offload.kernels.table import PageTable
 from triton_offload.specs import Ids
 
+_MAX_VIEWS = 256
+
 
 @dataclass(slots=True, eq=False)
 class StagingBuffer:
@@ -79,6 +81,9 @@ class IndexRing:
     def __init__(self, device: Device, capacity: int) -> None:
         self._memory = device.empty_indices(capacity)
         self._array: Ids = self._memory.numpy()
+        # Whoever finds the ring empty takes from its start: the same views over and over, and to
+        # make one takes longer than all else here.
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._head = 0  # where the next ids go
         self._taken: deque[tuple[int, int]] = deque()  # [begin, end) in order
 
@@ -92,16 +97,16 @@ class IndexRing:
 
     def take(self, *parts: Ids) -> list[torch.Tensor] | None:
         """Each part's ids in memory that the device reads, until the matching `free`."""
-        count = sum(map(len, parts))
-        begin = self._find(count)
+        begin = self._find(sum(map(len, parts)))
         if begin is None:
             return None
         tensors = []
         place = begin
         for part in parts:
-            self._array[place : place + len(part)] = part
-            tensors.append(self._memory[place : place + len(part)])
-            place += len(part)
+            end = place + len(part)
+            self._array[place:end] = part
+            tensors.append(self._view(place, end))
+            place = end
         self._taken.append((begin, place))
         self._head = place
         return tensors
@@ -114,10 +119,19 @@ class IndexRing:
 
     def close(self) -> None:
         """Free the memory; nothing of it is in use. Idempotent."""
+        self._views.clear()
         self._memory = torch.empty(0, dtype=torch.int64, device="cpu")
         self._array = np.empty(0, dtype=np.int64)
         self._taken.clear()
         self._head = 0
+
+    def _view(self, begin: int, end: int) -> torch.Tensor:
+        view = self._views.get((begin, end))
+        if view is None:
+            if len(self._views) == _MAX_VIEWS:
+                self._views.clear()
+            view = self._views[begin, end] = self._memory[begin:end]
+        return view
 
     def _find(self, count: int) -> int | None:
         """Where so many ids fit side by side; None where they must wait."""

@@ -41,7 +41,7 @@ class LinkWidth:
 
     @property
     def gb_per_s(self) -> float:
-        """What the line code leaves of it each way, in 10**9 bytes a second; packet headers take
+        """What the line code leaves of it each way, in 10**9 bytes per second; packet headers take
         another tenth."""
         return _LANE_GB_PER_S[self.gen] * self.lanes
 

@@ -6,25 +6,32 @@ import dataclasses
 import gc
 import inspect
 import itertools
-import math
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
+import vllm
+from vllm.distributed.parallel_state import get_world_group
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.kv_offload.cpu import gpu_worker as vllm_worker
 from vllm.v1.kv_offload.cpu import spec as vllm_spec
+from vllm.v1.kv_offload.cpu.policies.factory import CachePolicyFactory
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from triton_offload.closing import Closing
 from triton_offload.device import Device, device_for
 from triton_offload.pool.host_pool import HostPool
-from triton_offload.sizes import parse_bytes
+from triton_offload.pool.memory_limits import check_memory, check_room
 from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.options import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.metrics import DEFINITIONS
+from triton_offload.vllm.options import read_options
+from triton_offload.vllm.stale_regions import remove_stale_regions
 from triton_offload.vllm.versions import SUPPORT
 from triton_offload.vllm.worker import TritonOffloadingWorker
 
@@ -50,8 +57,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 "secondary_tiers: expected none, for TritonOffloadingSpec moves chunks between "
                 f"device and host memory only, got {config.extra_config['secondary_tiers']!r}"
             )
-        size = _parse_size(config.extra_config.get("cpu_bytes_to_use"))
-        extra = {**config.extra_config, "cpu_bytes_to_use": size}
+        extra = read_options(config.extra_config, vllm.__version__, CachePolicyFactory._registry)
         config = dataclasses.replace(config, extra_config=extra)
         # One copy a rank is right for replicated (MLA) caches too, and needs no writer election.
         # It has to be said before the sizes are worked out.
@@ -61,8 +67,14 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         if self.num_chunks < 1:
             raise ValueError(
                 f"cpu_bytes_to_use: expected at least one chunk of {self.kv_bytes_per_chunk} "
-                f"bytes, got {size}"
+                f"bytes, got {extra['cpu_bytes_to_use']}"
             )
+        _check_stages(config)
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's metrics by name, and this package's."""
+        return {**super().build_metric_definitions(extra_config), **DEFINITIONS}
 
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         """The worker of this rank, made on the first call.
@@ -92,11 +104,19 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             raise
 
     def _make_worker(self, layout: CacheLayout, resources: Closing) -> TritonOffloadingWorker:
-        path = self.extra_config.get("path", "auto")
+        path, staging = (
+            self.extra_config.get("path", "auto"),
+            self.extra_config.get("staging_bytes"),
+        )
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
         pool = self._create_pool(device, resources)
-        queue = transfer_queue(layout, pool, path, None, calibration)
+        if staging is None:
+            queue = transfer_queue(layout, pool, path, None, calibration)
+        else:
+            chosen = None if path == "auto" else path
+            options = PipelineOptions(path=chosen, buffer_bytes=staging)
+            queue = transfer_queue(layout, pool, "auto", options, calibration)
         resources.callback(queue.shutdown)
         return TritonOffloadingWorker(queue, pool, resources)
 
@@ -120,6 +140,11 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return pool
 
     def _create_region(self) -> Any:
+        num_bytes = self.num_chunks * self.kv_bytes_per_chunk
+        check_memory("cpu_bytes_to_use", num_bytes)
+        check_room("cpu_bytes_to_use", num_bytes, "/dev/shm")
+        with suppress(OSError):  # an engine starts without that, too
+            remove_stale_regions(self.config.engine_id)
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
@@ -132,14 +157,21 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         )
 
 
-def _parse_size(value: Any) -> int:
-    """`cpu_bytes_to_use`; a float is what vLLM makes of its own kv_offloading_size."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value)
-    size = parse_bytes("cpu_bytes_to_use", value)
-    if size == 0:  # which vLLM takes for nothing said
-        raise ValueError("cpu_bytes_to_use: expected at least one chunk, got 0")
-    return size
+def _check_stages(config: Any) -> None:
+    """Raise on every rank where a stage has more or fewer layers than others.
+
+    The scheduler knows the size of the first one alone, and hands out slots of that pool.
+    """
+    if config.parallel.pp_size == 1 or not torch.distributed.is_initialized():  # or: beside it
+        return
+    group = get_world_group().cpu_group
+    sizes = [0] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(sizes, config.worker_kv_bytes_per_block, group=group)
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            "pipeline_parallel_size: expected stages of equally many bytes of KV cache per block, "
+            f"got {sizes}, by rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
+        )
 
 
 def _pinned_rows(region: Any, row_bytes: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Collection
 from contextlib import suppress
@@ -12,20 +11,38 @@ from vllm.v1.kv_offload import base as vllm_base
 
 from triton_offload.closing import Closing
 from triton_offload.pool.host_pool import HostPool
-from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+from triton_offload.specs import (
+    CPULoadStoreSpec,
+    Direction,
+    GPULoadStoreSpec,
+    TransferResult,
+    TransferStatus,
+)
+from triton_offload.stats import DirectionStats, DirectionTotals
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 
 # Less than a step of any model takes on a CPU, and enough for some 10 MB of copies.
 _GIVE_WAY_SECONDS = 0.002
 
 
-@dataclasses.dataclass(slots=True)
-class TransferCounts:
-    """What the jobs of one direction came to that were reported as done."""
+#: what who reads of a failure that ended the engine should know
+SURVIVED_BY = (
+    'the connector of "kv_connector": "TritonOffloadingConnector", "kv_connector_module_path": '
+    '"triton_offload.vllm" goes on after this'
+)
 
-    jobs: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
+
+class JobFailedError(RuntimeError):
+    """A job that was accepted did not move all of its bytes; its cause says why."""
+
+    def __init__(self, job_id: int, direction: Direction, result: TransferResult) -> None:
+        super().__init__(
+            f"KV offloading {direction.value} {job_id} ended as {result.status.value}: "
+            f"{result.error!r}; {SURVIVED_BY}"
+        )
+        self.job_id = job_id
+        self.direction = direction
+        self.__cause__ = result.error
 
 
 class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm is untyped
@@ -35,14 +52,29 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
     """
 
     def __init__(self, manager: OffloadingQueueManager, pool: HostPool, resources: Closing) -> None:
-        self.stores, self.loads = TransferCounts(), TransferCounts()
         self.pool: HostPool | None = pool
         self._manager: OffloadingQueueManager | None = manager
         self._resources = resources
         self._ours: dict[int, int] = {}  # vLLM's job id -> ours, until it is reported
-        self._theirs: dict[int, tuple[int, TransferCounts]] = {}
+        self._theirs: dict[int, tuple[int, Direction]] = {}
+        self._totals = {direction: DirectionTotals() for direction in Direction}
         self._reports: list[Any] = []
-        self._failures: deque[RuntimeError] = deque()
+        self._failures: deque[JobFailedError] = deque()
+
+    @property
+    def stores(self) -> DirectionStats:
+        """What the stores came to that ended, or were refused."""
+        return self._totals[Direction.STORE].stats()
+
+    @property
+    def loads(self) -> DirectionStats:
+        """The same of the loads."""
+        return self._totals[Direction.LOAD].stats()
+
+    @property
+    def broken_paths(self) -> tuple[str, ...]:
+        """The names of paths that could not be queued, for which others stand in."""
+        return () if self._manager is None else self._manager.broken_paths
 
     @property
     def num_in_flight(self) -> int:
@@ -55,40 +87,35 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         vLLM writes a chunk's slot once, with all that the chunk will ever hold: what a partial
         chunk leaves is cleared, for tiers would persist whatever was there.
         """
-        self._submit(job_id, _pages(src_spec), _slots(dst_spec, fresh=True), self.stores)
+        self._submit(job_id, _pages(src_spec), _slots(dst_spec, fresh=True), Direction.STORE)
         return True
 
     def submit_load(
         self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
     ) -> bool:
         """Queue host to device; `expedited`: the step waits for it. Returns True, or raises."""
-        self._submit(job_id, _slots(src_spec), _pages(dst_spec), self.loads, expedited=expedited)
+        self._submit(
+            job_id, _slots(src_spec), _pages(dst_spec), Direction.LOAD, expedited=expedited
+        )
         return True
 
     def get_finished(self) -> list[Any]:
         """vLLM's TransferResult of each job that ended since the last call, each job once.
 
-        Raises RuntimeError for a job that failed: vLLM can't do without its bytes, and reported
-        as a success it would be a wrong hit. The other jobs are reported by the next calls.
+        Raises JobFailedError for a job that failed: vLLM's own connector can't do without its
+        bytes, and reported as a success it would be a wrong hit. The other jobs are reported by
+        the next calls.
         """
         if self._manager is None:
             return []
         self._give_way(self._manager)
         for result in self._manager.get_finished():
-            job_id, counts = self._theirs.pop(result.job_id)
+            job_id, direction = self._theirs.pop(result.job_id)
             del self._ours[job_id]
+            self._totals[direction].add(result)
             if result.status is not TransferStatus.SUCCESS:
-                kind = "store" if counts is self.stores else "load"
-                failure = RuntimeError(
-                    f"KV offloading {kind} {job_id} ended as {result.status.value}: "
-                    f"{result.error!r}"
-                )
-                failure.__cause__ = result.error
-                self._failures.append(failure)
+                self._failures.append(JobFailedError(job_id, direction, result))
                 continue
-            counts.jobs += 1
-            counts.num_bytes += result.num_bytes
-            counts.seconds += result.seconds
             self._reports.append(
                 vllm_base.TransferResult(
                     job_id=job_id,
@@ -131,7 +158,7 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         """
         if self.pool is None or not self.pool.device.needs_interpreter:
             return
-        loads = [ours for ours, (_, counts) in self._theirs.items() if counts is self.loads]
+        loads = [ours for ours, (_, way) in self._theirs.items() if way is Direction.LOAD]
         with suppress(TimeoutError):
             manager.wait(loads, _GIVE_WAY_SECONDS)
 
@@ -140,16 +167,22 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         job_id: int,
         src: GPULoadStoreSpec | CPULoadStoreSpec,
         dst: GPULoadStoreSpec | CPULoadStoreSpec,
-        counts: TransferCounts,
+        direction: Direction,
         expedited: bool = False,
     ) -> None:
         if self._manager is None:
             raise RuntimeError("the offloading worker is shut down")
         if job_id in self._ours:
             raise ValueError(f"job_id: expected an id that is not in flight, got {job_id}")
-        ours = self._manager.transfer_async(src, dst, expedited=expedited)
+        try:
+            ours = self._manager.transfer_async(src, dst, expedited=expedited)
+        except Exception as error:
+            refused = TransferResult(job_id, TransferStatus.FAILED, error=error)
+            self._totals[direction].add(refused)
+            error.add_note(SURVIVED_BY)
+            raise
         self._ours[job_id] = ours
-        self._theirs[ours] = (job_id, counts)
+        self._theirs[ours] = (job_id, direction)
 
 
 def _pages(spec: Any) -> GPULoadStoreSpec:

@@ -44,6 +44,11 @@ class Crossing(ABC):
         through one can stand in."""
         return streams.chunks_in_buffer(run)
 
+    def short_chunks(self, run: GroupRun) -> int:
+        """Chunks of a segment that fills or drains the path's stages, where there are two: less
+        than a buffer holds. 0: there is one stage."""
+        return 0
+
     def queue(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         """Queue the segment in the direction of the lane. `pages` and `slots`: what must be done
         before it touches either. When it raises, part may be queued: settle before anything else.

@@ -1,0 +1,74 @@
+"""The connector's half on each rank: which requests and jobs failed there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
+    OffloadingConnectorWorker,
+)
+
+from triton_offload.vllm.tolerant_worker import FailedJob, TolerantWorker
+from triton_offload.vllm.worker_metadata import TritonWorkerMetadata
+
+
+class TritonConnectorWorker(OffloadingConnectorWorker):  # type: ignore[misc]  # vllm is untyped
+    """vLLM's, and what failed: requests and blocks for the engine, jobs for the scheduler."""
+
+    worker: TolerantWorker | None
+
+    def __init__(self, spec: Any, vllm_config: Any, kv_cache_config: Any) -> None:
+        super().__init__(spec, vllm_config, kv_cache_config)
+        self._failed_jobs: set[int] = set()
+        self._failed_requests: set[str] = set()
+        self._failed_blocks: set[int] = set()
+
+    def _init_worker(self, kv_caches: Any) -> None:
+        self.worker = TolerantWorker(self.spec.get_worker(kv_caches))
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """vLLM's (finished_sending, finished_recving): failed loads are among them."""
+        assert self.worker is not None
+        requests = dict(self._load_jobs)  # vLLM's own call forgets those that ended
+        finished: tuple[set[str], set[str]] = super().get_finished(finished_req_ids)
+        for failed in self.worker.take_failed():
+            self._failed_jobs.add(failed.job_id)
+            self._note_blocks(failed)
+            request = requests.get(failed.job_id)
+            if request is not None:  # a store, or a load that its step waited for
+                self._failed_requests.add(request)
+        return finished
+
+    def take_failed_requests(self) -> set[str]:
+        """Those whose load failed, of what `get_finished` returned since the last call."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
+    def take_failed_blocks(self) -> set[int]:
+        """The blocks of loads that failed and that a step waited for."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def build_connector_worker_meta(self) -> TritonWorkerMetadata | None:
+        """What ended since the last call, and what of that failed."""
+        meta = super().build_connector_worker_meta()
+        if meta is None:
+            return None
+        failed, self._failed_jobs = self._failed_jobs, set()
+        return TritonWorkerMetadata(meta.completed_jobs, meta.transfer_stats, failed)
+
+    def shutdown(self) -> None:
+        self._failed_jobs.clear()
+        self._failed_requests.clear()
+        self._failed_blocks.clear()
+        super().shutdown()
+
+    def _note_blocks(self, failed: FailedJob) -> None:
+        groups = len(self.kv_cache_config.kv_cache_groups)
+        if failed.blocks and groups > 1:
+            raise RuntimeError(
+                f"KV offloading: load {failed.job_id}, which its step waited for, failed, and vLLM "
+                f"can't recompute blocks of a model with {groups} KV cache groups: set "
+                "sync_load_budget_bytes to 0, and such a failure costs a recompute"
+            )
+        self._failed_blocks.update(failed.blocks)
