@@ -197,15 +197,14 @@ def test_no_copies_are_no_batch(card, device, stream):
 
 def test_batches_are_arrays_of_any_stride(device, stream):
     host, memory = device.empty_indices(8).view(torch.uint8), on_card(device, numbers(64))
-    places = np.arange(0, 16)[::4]
-    device.copy_batch(
-        host.data_ptr() + places,
-        memory.data_ptr() + places,
-        np.array([2, 9, 1, 9] * 2)[::2],
-        stream,
-    )
+    host.fill_(0xA5)
+    ends = np.array([host.data_ptr(), memory.data_ptr()])
+    addresses = ends + np.array([[0], [8], [20]])
+    device.copy_batch(addresses[:, 0], addresses[:, 1], np.array([2, 9, 1, 9, 3, 9])[::2], stream)
     finish(device, stream)
-    assert [host[i].item() for i in (0, 1, 4, 8, 9, 12)] == [0, 1, 4, 8, 9, 12]
+    expected = [0xA5] * 64
+    expected[0:2], expected[8:9], expected[20:23] = [0, 1], [8], [20, 21, 22]
+    assert host.tolist() == expected
 
 
 @pytest.mark.parametrize("machine", ["12.4", "12.8"])
