@@ -80,7 +80,6 @@ class World:
         self,
         monkeypatch: pytest.MonkeyPatch,
         ranks: int = 1,
-        path: str = "staged",
         policy: str = "lru",
         events: bool = False,
         groups: int = 2,
@@ -92,7 +91,7 @@ class World:
         monkeypatch.setattr(plugin_spec, "device_for", lambda *args: next(waiting))
         extra = {
             "cpu_bytes_to_use": 2 * CHUNKS * 4096 if ranks == 2 else CHUNKS * 4096,
-            "path": path,
+            "path": "staged",
             "eviction_policy": policy,
             "spec_name": "TritonOffloadingSpec",
             "spec_module_path": "triton_offload.vllm",
