@@ -419,8 +419,9 @@ def _launch(
     for spec, strips in _plan(table, alignment_of(address, stride_slot), config):
         num_strips = strips.shape[0]
         num_tiles = num_strips * -(-num_blocks // spec.pages)
-        # The kernels count both in 32 bits, up to the last program's end and past the tile after.
-        end = first_block + num_blocks + 2 * spec.pages
+        # The kernels count both in 32 bits, up to the last program's end, and the tiles that are
+        # read ahead.
+        end = first_block + num_blocks + (1 + spec.stages) * spec.pages
         if max(num_tiles + config.programs, end) >= 2**31:
             raise ValueError(
                 f"block_ids: expected fewer than 2**31 blocks and tiles a launch, got "

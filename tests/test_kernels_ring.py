@@ -123,6 +123,8 @@ def test_goes_around_the_ring_many_times(target: str, direction: str) -> None:
     check(case, direction, launch, ring)
     (once,) = counted
     assert once.bytes_written == len(blocks) * sum(sizes)
+    # Nothing is copied that is not stored: no page of another group, no tile of another program.
+    assert once.accesses_by_width[16] == 2 * once.bytes_written // 16
     # Masked tiles: half of the bytes that exact ones have.
     assert ring.stages * ring.tile_bytes // 4 < once.most_bytes_in_flight
 
