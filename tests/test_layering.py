@@ -24,7 +24,7 @@ LAYERS = [
     {"transfer.options", "device.threads", "pool.memory_limits"},
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},
-    {"device.host", "device.cuda"},
+    {"device.host", "device.cuda", "device.deferred"},
     {"device"},
     {"pool.preparation"},
     {"pool.host_pool", "transfer.layout"},

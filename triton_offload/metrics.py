@@ -228,7 +228,7 @@ _METRICS: tuple[tuple[_Family, str, str, tuple[str, ...], _Samples], ...] = (
     (
         _GAUGE,
         "pool_pinned",
-        "1 where all of the pool is pinned, else 0: copies may block, zero_copy is not to be had.",
+        "1 where all of the pool is pinned, else 0: copies are slower, zero_copy is not to be had.",
         (),
         _one(lambda stats: stats.pinned),
     ),

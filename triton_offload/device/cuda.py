@@ -41,6 +41,7 @@ class CUDADevice(RealTime):
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
         self.maps_host_memory = True
+        self.blocks_on_pageable = True
         self.default_paths = CUDA_PATHS
         self.needs_interpreter = False
         self.batches_copies = hasattr(_bindings("driver"), "cuMemcpyBatchAsync")
