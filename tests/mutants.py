@@ -16,6 +16,7 @@ import scenarios
 from schedules import CONFIGURATIONS, run_schedule
 
 from triton_offload.device.base import Stream
+from triton_offload.device.deferred import Deferred
 from triton_offload.offloader import KVOffloader
 from triton_offload.scheduler.manager import CPUOffloadingManager
 from triton_offload.scheduler.order import Order
@@ -471,6 +472,27 @@ def nobody_feeds_the_backlog():
 @mutant("7", scenarios.capture)
 def a_transfer_is_queued_into_a_captured_graph():
     return patch.object(SimulatedDevice, "capturing", lambda self, stream: False)
+
+
+@mutant("7, memory that is not pinned", serving("staged, deferred"))
+def copies_of_pageable_memory_are_called_by_the_submitter():
+    return patch.object(Deferred, "_work", _at_once)
+
+
+def _at_once(self, function, operands, stream, *, deferred=False, **options):
+    function(*operands, stream.stream, **options)
+
+
+@mutant("7, memory that is not pinned", serving("staged, deferred"))
+def a_stream_does_not_wait_for_what_threads_record():
+    def make(wait):
+        def wait_if_made(self, stream, event):
+            if self.is_recorded(event):
+                wait(self, stream, event)
+
+        return wait_if_made
+
+    return _instead(Deferred, "wait", make)
 
 
 # -- 8: partial chunks, and what must not stay --

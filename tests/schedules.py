@@ -69,6 +69,7 @@ class Configuration:
     window_chunks: int | None = None
     buffer_chunks: int = 1
     pinned: bool = True
+    deferred: bool = False
 
     def options(self, slot_bytes: int) -> PipelineOptions:
         fixed = isinstance(self.paths, Path)
@@ -89,6 +90,8 @@ CONFIGURATIONS = {
     "staged, window": Configuration(SINGLE, Path.STAGED, window_chunks=2),
     "staged, batches": Configuration(MANY, Path.STAGED, buffer_chunks=5),
     "staged, pageable": Configuration(CacheShape(), Path.STAGED, pinned=False),
+    "staged, deferred": Configuration(CacheShape(), Path.STAGED, pinned=False, deferred=True),
+    "mixed paths, deferred": Configuration(HYBRID, MIXED_PATHS, pinned=False, deferred=True),
     "zero copy, hybrid": Configuration(HYBRID, Path.ZERO_COPY),
     "zero copy, odd sizes": Configuration(ODD, Path.ZERO_COPY),
     "copy engine, hybrid": Configuration(HYBRID, Path.COPY_ENGINE),
@@ -160,6 +163,7 @@ def run_schedules(configuration: Configuration, seeds: range) -> list[Facts]:
     short = patch.object(staged, "SHORT_BYTES", 1)  # one chunk, of segments of three and more
     with SimulatedDevice(seeds[0]) as device, short:
         rng = random.Random(seeds[0])
+        device.blocks_on_pageable = configuration.deferred
         memory = EngineMemory(device, configuration.shape, pinned=configuration.pinned)
         options = configuration.options(memory.layout.slot_bytes)
         queue = transfer_queue(memory.layout, memory.pool, options=options)
@@ -199,6 +203,7 @@ def run_schedules(configuration: Configuration, seeds: range) -> list[Facts]:
         device.drain()
         memory.check_reads()
         device.check()
+        assert device.num_blocked == 0 or not configuration.deferred
         assert not device.background_names
         assert len(device.streams) == 2
         return facts

@@ -39,7 +39,7 @@ class Engine:
         )
         size = num_chunks * 8 * CHUNK
         self.offloader = KVOffloader([self.pages], size, CHUNK, options=options, device=device)
-        self.offloader._pool.wait_ready(60)  # until then copies block
+        self.offloader._pool.wait_ready(60)  # until then copies are slower
 
     def write(self, blocks: range, value: int | None = None) -> None:
         """A kernel of the engine's writes the blocks' pages."""

@@ -29,7 +29,7 @@ LAYERS = [
     {"scheduler.manager", "kernels.compiling"},
     {"kernels.pages", "device.base", "device.realtime", "device.host_pages"},
     {"device.cuda_batches", "device.cuda_memory", "pool.placement"},
-    {"device.host", "device.cuda"},
+    {"device.host", "device.cuda", "device.deferred"},
     {"device"},
     {"pool.preparation"},
     {"pool.host_pool", "transfer.layout"},

@@ -74,7 +74,10 @@ def test_a_pool_that_can_not_be_pinned_is_told_of_once_with_what_it_costs(caplog
         for block in range(3):
             kv.store([bytes([block])], [block]).wait()
     text = the_warning(caplog, "pool.preparation")
-    assert f"a host pool of {16 * 2 * PAGE} bytes could not be pinned ({why}): copies block" in text
+    assert (
+        f"a host pool of {16 * 2 * PAGE} bytes could not be pinned ({why}): copies are slower"
+        in text
+    )
     assert "zero_copy is not to be had" in text
 
 

@@ -238,7 +238,7 @@ _GAUGES: tuple[_Row, ...] = (
     ),
     (
         "pool_pinned",
-        "1 where all of the pool is pinned, else 0: copies may block, zero_copy is not to be had.",
+        "1 where all of the pool is pinned, else 0: copies are slower, zero_copy is not to be had.",
         (),
         _one(lambda stats: stats.pinned),
     ),

@@ -49,6 +49,8 @@ class Device(Protocol):
     maps_host_memory: bool
     #: whether it has `copy_batch`
     batches_copies: bool
+    #: whether a copy from or to host memory that is not registered blocks its caller
+    blocks_on_pageable: bool
     #: the paths that are taken where nothing was measured and nobody chose
     default_paths: PathTable
     #: whether its work needs the interpreter, which a caller that polls in a loop keeps from it

@@ -71,6 +71,7 @@ class CUDADevice(RealTime):
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.torch_device)
+        self.blocks_on_pageable = True
         self.default_paths = CUDA_PATHS
         self.needs_interpreter = False
         self._context = context_of(index)

@@ -193,6 +193,7 @@ class HostDevice(RealTime):
         self.name = "host"
         self.maps_host_memory = True
         self.batches_copies = True
+        self.blocks_on_pageable = False
         self.default_paths = HOST_PATHS
         self.needs_interpreter = True  # its streams are Python threads
         self.numa_node: int | None = None

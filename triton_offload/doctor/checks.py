@@ -169,7 +169,9 @@ def check_pinning(facts: Facts) -> Iterator[Finding]:
         "systemd unit"
     )
     if pinned == 0:
-        what = f"host memory can't be pinned (ulimit -l: {told}): copies block, zero copy is off"
+        what = (
+            f"host memory can't be pinned (ulimit -l: {told}): copies are slower, zero copy is off"
+        )
         yield Finding("pinned memory", Status.PROBLEM, what, advice)
     elif limit is not None and pinned <= limit < facts.host_bytes:
         what = f"{format_bytes(facts.host_bytes)} are to be pinned, and ulimit -l is {told}"

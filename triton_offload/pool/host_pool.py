@@ -141,7 +141,7 @@ class HostPool:
 
     @property
     def pinned(self) -> bool:
-        """Whether the whole pool is pinned, so that kernels can reach it and copies never block."""
+        """Whether the whole pool is pinned, so that kernels can reach it and copies never wait."""
         return self._pinned if self._preparation is None else self._preparation.pinned
 
     @property

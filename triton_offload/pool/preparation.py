@@ -83,9 +83,9 @@ class Preparation:
         # On the host device a copy never waits for memory to be pinned, nor does a kernel need it.
         if failed and self._device.name != "host":
             _log.warning(
-                "a host pool of %d bytes could not be pinned (%s): copies block the thread that "
-                "submits them, and zero_copy is not to be had; `triton-offload doctor` says what "
-                "stands in the way",
+                "a host pool of %d bytes could not be pinned (%s): copies are slower, and wait on "
+                "threads of their own, and zero_copy is not to be had; `triton-offload doctor` "
+                "says what stands in the way",
                 self._num_bytes,
                 self.failure,
             )

@@ -110,6 +110,8 @@ class SimulatedDevice(Controls):
         self.limits: tuple[str, ...] = ()
         self.rates = rates
         self.is_capturing = False  # the compute stream does
+        #: set it, and a pipeline gives copies of host memory that is not registered to threads
+        self.blocks_on_pageable = False
         #: parts of host memory that are registered
         self.num_registered = 0
         #: copy engines, one each way
@@ -393,7 +395,7 @@ class SimulatedDevice(Controls):
 
     def _wait_for_host(self, stream: Stream) -> None:
         """Pageable memory: the call returns only when the stream has got there."""
-        self._simulation.num_blocked += 1
+        self._simulation.num_blocked += not self._simulation.in_task
         if stream.last is not None:
             self._simulation.block_until(stream.last, f"{stream} was not done", tasks=False)
 

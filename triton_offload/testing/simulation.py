@@ -63,6 +63,7 @@ class Simulation:
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.num_queued: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.num_blocked = 0
+        self.in_task = False
         self.now = 0.0
         self.lost: DeviceLostError | None = None
         self._max_queued = max_queued
@@ -341,7 +342,11 @@ class Simulation:
 
     def _run_task(self, task: Background) -> None:
         self.trace.append(("thread", task.name))  # which must not keep what it calls alive
-        task.run(lambda: self.now)
+        self.in_task = True
+        try:
+            task.run(lambda: self.now)
+        finally:
+            self.in_task = False
 
     def _step_or_stuck(self, what: str) -> None:
         moved = self._step_before(_FOREVER, tasks=False) if self.timing_only else self._step()

@@ -21,14 +21,17 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
+import weakref
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
+from typing import cast
 
 import numpy as np
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import WHERE, Stream
+from triton_offload.device.deferred import Deferred
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.contents import SlotContents
@@ -72,6 +75,11 @@ class Pipeline:
                 f"pool: expected slots of at least {layout.slot_bytes} bytes, got {pool.slot_bytes}"
             )
         self._device: Device = pool.device
+        self._deferred: Deferred | None = None
+        if self._device.blocks_on_pageable and not pool.pinned:
+            held = weakref.ref(pool)
+            self._deferred = Deferred(pool.device, lambda: not _pinned(held()))
+            self._device = cast(Device, self._deferred)
         self._lock = threading.RLock()
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
@@ -254,10 +262,11 @@ class Pipeline:
                 self._pump()
                 if job.finished:
                     return
-                if job.queued:
+                queued = job.queued
+                if queued and (self._deferred is None or self._deferred.is_recorded(job.released)):
                     self._device.wait(stream, job.released)
                     return
-                head = self._lanes[job.lane].next_event
+                head = None if queued else self._lanes[job.lane].next_event
             self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -394,6 +403,10 @@ class Pipeline:
             with suppress(Exception):
                 self._pump()
             return _FEEDER_SECONDS
+
+
+def _pinned(pool: HostPool | None) -> bool:
+    return pool is None or pool.pinned
 
 
 def _forget_frames(error: BaseException) -> None:
