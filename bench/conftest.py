@@ -49,7 +49,7 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[None]:
     """What a benchmark found is kept at once, for its process may be ended during the next."""
     yield
     file = request.config.getoption("--records")
-    if file is not None and benchmark.stats:
+    if file is not None and "kind" in benchmark.extra_info:  # not skipped, nor failed, on the way
         with file.open("a") as stream:
             stream.write(line_of(benchmark))
 
