@@ -1,4 +1,4 @@
-"""The benchmarks' GPU branches run where CUDA is imitated, and what they leave makes a report."""
+"""The benchmarks' GPU branches run on the imitated card, and what they leave makes a report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import report
 import torch
+from card import build
 from measuring import BENCH, ROOT, benchmark_options, command_of, environment_of
 from parts import PARTS
 from results import Results
 
-pytest.importorskip("cuda.bindings", reason="cuda-bindings is not here")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+    pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER),
+]
 
 FILES = [
     BENCH / f"test_{name}.py" for name in ("transfers", "interference", "kernels", "submission")
@@ -38,7 +41,7 @@ PROMISED = {"transfer": 4, "both at once": 1, "interference": 12, "small copy": 
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in two parts, as `make gpu` has them."""
     out = tmp_path_factory.mktemp("out")
-    environment = environment_of({"PYTHONPATH": str(ROOT / "tests")})
+    environment = environment_of({"PYTHONPATH": str(ROOT / "tests"), "IMITATED_CARD": "13.0"})
     for part in PARTS:
         options = [*benchmark_options(part, out), "-p", "imitation_bench", f"--part={part}"]
         done = subprocess.run(
