@@ -51,6 +51,8 @@ def environment_of(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     environment = {**os.environ, **(extra or {}), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     paths = (str(ROOT), str(BENCH), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # What tests a child may be a worker of pytest-xdist; the child is none, and may measure.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     return environment
 
 
