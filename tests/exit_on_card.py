@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import atexit
 
-import imitation_cuda
-import torch
-
 
 def tell() -> None:
-    """How many modules were unloaded by now: after this, Triton is taken apart."""
+    """How many modules were loaded, and unloaded by now: after this, Triton is taken apart."""
     calls = [call.name for call in imitation_cuda.card.calls()]
     print(calls.count("cuModuleLoadData"), calls.count("cuModuleUnload"))
 
 
-atexit.register(tell)  # first, so that it is called last
+atexit.register(tell)  # before anything of the package is imported, so that it is called last
+
+import imitation_cuda  # noqa: E402
+import torch  # noqa: E402
 
 from triton_offload.kernels import pages  # noqa: E402
 from triton_offload.kernels.table import PageTable  # noqa: E402
