@@ -148,7 +148,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         tl.store(_pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _row(strips, strip, column):  # type: ignore[no-untyped-def]
     """An address and the bytes between pages: of a strip in the cache (0) or in a slot (3)."""
     row = strips.to(tl.pointer_type(tl.int64)) + strip * 5 + column

@@ -70,7 +70,7 @@ def scatter_ring(  # type: ignore[no-untyped-def]
     _move(at, num_strips, tiles_per_program, _SLOT, _CACHE, PAGES, WORDS, EXACT, STAGES, LAYOUT)
 
 
-@gluon.constexpr_function  # type: ignore[untyped-decorator]
+@gluon.constexpr_function
 def _layout(PAGES, WORDS, WARPS):  # type: ignore[no-untyped-def]  # noqa: N803
     """Threads over a tile [PAGES, WORDS], two words each: a page's move a line at once or more."""
     threads = min(WORDS // 2, max(8, WARPS * 32 // PAGES))
@@ -192,7 +192,7 @@ def _words(  # type: ignore[no-untyped-def]
     return words, mask
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@gluon.jit
 def _pointers(address):  # type: ignore[no-untyped-def]
     """Pointers [PAGES, 1] to addresses, whose alignment the compiler can't see."""
     return gl.multiple_of(address[:, None].to(gl.pointer_type(gl.int64)), (16, 16))
