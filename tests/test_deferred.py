@@ -161,6 +161,16 @@ def test_a_stream_waits_for_a_record_that_is_not_made_yet():
     assert world.run(b) == ["wait " + event.latest.event, "fill_zero b", "fill_zero b"]
 
 
+def test_a_wait_keeps_its_place_behind_what_was_deferred():
+    world = World()
+    event = world.record(world.b)
+    world.deferred.copy(1, 2, world.a)
+    world.device.called()
+    world.deferred.wait(world.a, event)
+    assert world.device.called() == []
+    assert world.run(world.a) == ["copy a", f"wait {event.latest.event}"]
+
+
 def test_whoever_waits_is_woken_when_the_record_is_made():
     world = World()
     world.deferred.copy(1, 2, world.a)

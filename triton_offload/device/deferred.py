@@ -23,6 +23,8 @@ class _Record:
     """One record of an event. `made`: the device knows of it. `failure`: what a deferred call
     on its stream raised before it; `number`: it is so many records since that."""
 
+    __slots__ = ("event", "failure", "made", "number", "stream")
+
     def __init__(self, event: Event, stream: _Stream | None) -> None:
         self.event = event  # None: there is none, and its stream is drained
         self.stream = stream
@@ -33,6 +35,8 @@ class _Record:
 
 class _Event:
     """Bound to its latest record; None: never recorded."""
+
+    __slots__ = ("latest", "timed")
 
     def __init__(self, timed: bool) -> None:
         self.timed = timed
@@ -137,7 +141,7 @@ class Deferred:
         """`stream`: one of these, or of the device's own."""
         ours = stream if isinstance(stream, _Stream) else None
         record = _Record(self._device.new_event(timed=event.timed), ours)
-        if ours is not None:
+        if ours is not None and ours.failure is not None:
             ours.forgive()
         if ours is not None and (ours.calls or ours.drained):
             ours.defer(lambda: self._record(record, ours))
@@ -154,6 +158,10 @@ class Deferred:
         if not isinstance(stream, _Stream):
             if record.event is not None:
                 self._device.wait(stream, record.event)
+            return
+
+        if record.made and record.event is not None and not (stream.calls or stream.failure):
+            self._device.wait(stream.stream, record.event)
             return
 
         def call() -> bool:
@@ -229,6 +237,10 @@ class Deferred:
         deferred: bool = False,
         **options: Any,
     ) -> None:
+        if not (deferred or stream.calls or stream.failure):  # a pinned pool's, nearly always
+            function(*operands, stream.stream, **options)
+            return
+
         def call() -> bool:
             if stream.may_call():
                 function(*operands, stream.stream, **options)
