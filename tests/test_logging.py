@@ -164,7 +164,7 @@ def test_a_device_without_batches_of_copies_is_told_of_once(caplog):
             kv.store([bytes([block])], [block]).wait()
     text = the_warning(caplog, "transfer.queue_manager")
     assert "simulated takes no batches of copies: the path copy_engine is not to be had" in text
-    assert "pip install triton-offload[cuda]" in text
+    assert "`triton-offload doctor` says why" in text
 
 
 # -- results that nobody took --

@@ -13,7 +13,7 @@ import pytest
 import stress
 from model_world import ONE_GROUP, Setting
 
-from triton_offload import calibration, offloader, specs
+from triton_offload import calibration, request, specs
 
 SECONDS = float(os.environ.get("TRITON_OFFLOAD_STRESS_SECONDS", "60"))
 STRESS = Path(__file__).with_name("stress.py")
@@ -52,7 +52,7 @@ def share_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.ascontiguousarray(np.asarray(ids), dtype=np.int64)
 
     monkeypatch.setattr(specs, "as_ids", shared)
-    monkeypatch.setattr(offloader, "as_ids", shared, raising=False)
+    monkeypatch.setattr(request, "as_ids", shared)
 
 
 def test_ids_that_are_read_after_the_call_are_noticed(monkeypatch):

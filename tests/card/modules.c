@@ -157,12 +157,17 @@ ENTRY(NEEDS_CONTEXT, cuFuncGetAttribute, 0,
     }
 }
 
+/* Newer than the drivers that are imitated, and than some headers. */
+#define SHARED_MEMORY_MODE ((CUfunction_attribute)17)
+
 ENTRY(NEEDS_CONTEXT, cuFuncSetAttribute, 0,
       (CUfunction handle, CUfunction_attribute attribute, int value), (handle, attribute, value)) {
     function *which;
     CUresult error = find_function(handle, &which);
     if (error)
         return error;
+    if (attribute == SHARED_MEMORY_MODE)
+        return CUDA_ERROR_INVALID_VALUE; /* which launchers try first, and do without */
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
         return complain(CUDA_ERROR_INVALID_VALUE, "attribute %d is not imitated", (int)attribute);
     if (value < 0 || value + (int)ptx_static_shared_bytes(which->code) > 227 << 10)

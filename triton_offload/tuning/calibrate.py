@@ -149,11 +149,14 @@ def _by_shape(device: torch.device, path: Path, num_bytes: int) -> list[LaunchMe
     with Rig(device_for(device), _SMALL_PAGE_BYTES, num_bytes) as rig:
         if not rig.takes(path):
             return []
+        # All are there at once, and zero copy has no use for staging.
+        bytes_staged = PipelineOptions().buffer_bytes if path is Path.STAGED else 1 << 20
+        options = PipelineOptions(path=path, buffer_bytes=bytes_staged)
         launched: dict[LaunchShape | None, tuple[PipelineOptions, Device | None]] = {}
         for shape in CROSSINGS[path].launch_shapes:
             launch: dict[str, Any] = {path.value: Launches(shape, shape)}
             launches = replace(default, **launch)
-            launched[shape] = (PipelineOptions(path=path), device_for(device, launches))
+            launched[shape] = (options, device_for(device, launches))
         return [
             LaunchMeasurement(way, path, shape, seconds)
             for way in Direction
