@@ -50,7 +50,7 @@ check: $(STAMPS)/package $(STAMPS)/dev
 # long runs of threads and of the simulator, and the gate against slower code.
 deep: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
 	$(MAKE) mutants
-	TRITON_OFFLOAD_SCHEDULES=100000 \
+	TRITON_OFFLOAD_SCHEDULES=100000 TRITON_OFFLOAD_PRESSURE_ROUNDS=20 \
 		$(BIN)/python -m coverage run -m pytest --hypothesis-profile deep
 	$(BIN)/python -m coverage report
 	$(BIN)/python tests/stress.py $(SECONDS)

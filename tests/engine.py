@@ -24,7 +24,7 @@ from triton_offload.cli.demo import Engine, tiny_llama
 
 OUTPUT_TOKENS = 24
 PRESSURE_TOKENS = 40
-PRESSURE_ROUNDS = 20
+PRESSURE_ROUNDS = int(os.environ.get("TRITON_OFFLOAD_PRESSURE_ROUNDS", "6"))
 
 
 def prompts(num_prefixes: int, num_suffixes: int, seed: int) -> list[list[int]]:

@@ -134,9 +134,11 @@ def test_outputs_stay_equal_under_pressure(scenarios: Scenarios, plain: dict[str
     for i, answers in enumerate(seen["answers"]):
         assert answers == plain["crowd"], f"round {i}"
     # Both caches were too small: requests were preempted, chunks evicted, stored and loaded again.
-    assert seen["preempted"] >= 20
-    assert seen["loads"] >= 200
-    assert seen["stores"] >= 100
+    rounds = len(seen["answers"])
+    assert rounds >= 2
+    assert seen["preempted"] >= rounds
+    assert seen["loads"] >= 5 * rounds
+    assert seen["stores"] >= 5 * rounds
 
 
 # Of the round's four prompts each has something to load, and something to store.

@@ -770,9 +770,13 @@ def test_shutdown_waits_no_longer_than_it_may_for_a_job_that_waits(world, device
     """Its worker alone: joining the thread would take until the device is done."""
     function = FunctionWorker(move_nothing)
     world.queue.register_worker(CPULoadStoreSpec, Disk, function)
+    waits, waiting = world.queue._order.waits_for_device, threading.Event()
+    wait = waits[0]
+    waits[0] = lambda *args, **options: waiting.set() or wait(*args, **options)
     device.gate.clear()
     stored = store(world, [3])
     world.queue.transfer_async(CPULoadStoreSpec([3]), Disk())
+    assert waiting.wait(20)  # before, it could still be taken back
     patience = threading.Timer(5, device.gate.set)  # for the test's end, where it is wrong
     patience.start()
     for _ in range(2):
