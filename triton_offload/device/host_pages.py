@@ -30,7 +30,7 @@ from triton_offload.kernels.table import PageRow, PageTable
 # any size of page. Calls that need no temporary are not cut.
 _SLICE_BYTES = 4 << 20
 
-# Up to so many bytes a tensor, numpy's calls are faster than torch's (two cores of an EPYC).
+# Up to so many bytes per tensor, numpy's calls are faster than torch's (two cores of a Xeon).
 _SMALL_BYTES = 64 << 10
 
 # A table meets the pool's slots and those of a few staging buffers.
