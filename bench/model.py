@@ -56,13 +56,13 @@ RING_KERNEL = Kernel(2, 128 * KIB, 128, 40, 128 * KIB)
 class Host:
     """Seconds of the caller before a job's first operation is queued, and for each segment.
 
-    As measured here with a device that does nothing (two cores of an AMD EPYC, 2.6 GHz, other
-    programs running; least of 25): what the driver takes comes on top, and a server's processor
-    takes less.
+    As measured here with a device that does nothing (`bench/run.py submission`; two cores of an
+    Intel Xeon, 2.5 GHz, nothing else running): what the driver takes comes on top, and a server's
+    processor takes less.
     """
 
-    job_seconds: float = 60e-6
-    segment_seconds: float = 150e-6
+    job_seconds: float = 30e-6
+    segment_seconds: float = 112e-6
 
 
 NO_HOST = Host(0.0, 0.0)
