@@ -36,10 +36,10 @@ demo: $(STAMPS)/package $(STAMPS)/model
 
 # While one writes: no engine, nothing that takes long.
 quick: $(STAMPS)/package $(STAMPS)/dev
-	$(PYTEST) -m "not slow and not engine" --hypothesis-profile quick
+	$(PYTEST) -m "not slow and not engine and not deep" --hypothesis-profile quick
 
 test: check $(STAMPS)/package $(STAMPS)/model $(STAMPS)/other-triton $(STAMPS)/other-vllm
-	$(PYTEST)
+	$(PYTEST) -m "not deep"
 
 check: $(STAMPS)/package $(STAMPS)/dev
 	$(BIN)/python -m ruff check .

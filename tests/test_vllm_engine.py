@@ -107,7 +107,10 @@ def broken(scenarios: Scenarios) -> dict[str, Any]:
     return scenarios.run("broken", 2)
 
 
-@pytest.mark.parametrize("blocks_per_chunk", [1, 2, 4])
+@pytest.mark.parametrize(
+    "blocks_per_chunk",
+    [pytest.param(1, marks=pytest.mark.deep), 2, pytest.param(4, marks=pytest.mark.deep)],
+)
 def test_loaded_outputs_equal_those_without_a_connector(
     scenarios: Scenarios, plain: dict[str, Any], broken: dict[str, Any], blocks_per_chunk: int
 ) -> None:
