@@ -26,6 +26,8 @@ def as_integer(name: str, value: Any, least: int = 0) -> int:
     Raises:
         ValueError: Names the argument: not an integer, or less than ``least``.
     """
+    if type(value) is int and value >= least:
+        return value
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

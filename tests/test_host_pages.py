@@ -46,10 +46,12 @@ def ids(count, consecutive, rng):
     return [first + i for i in range(count)] if consecutive else rng.sample(range(2 * count), count)
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(params=["numpy", "numpy, page by page", "torch"])
 def by(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
+    elif request.param == "numpy, page by page":
+        monkeypatch.setattr(host_pages, "_ONE_PAGE_BYTES", 1)
 
 
 @pytest.fixture

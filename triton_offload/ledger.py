@@ -99,7 +99,7 @@ class JobLedger:
         for key in entry.keys if entry.job.direction is Direction.STORE else ():
             if self._storing.get(key) is entry:
                 del self._storing[key]
-        bad = failure(entry.parts)
+        bad = failure(entry.parts) if entry.followed_by else None
         for follower in entry.followed_by:
             del follower.follows[entry]
             if bad is not None and follower.error is None:
@@ -173,6 +173,17 @@ class JobLedger:
 def _joined(entry: Entry) -> TransferResult:
     """How a job ended, of the results of its parts."""
     job_id, parts = entry.job.job_id, entry.parts
+    if len(parts) == 1 and entry.error is None:
+        part = parts[0]
+        return TransferResult(
+            job_id,
+            part.status,
+            part.num_bytes,
+            part.seconds,
+            part.error,
+            part.bytes_by_path,
+            part.queue_seconds,
+        )
     bad = failure(parts)
     if bad is not None:
         return replace(bad, job_id=job_id)

@@ -38,7 +38,9 @@ class RequestReader:
         number = as_integer("group", group)
         if number >= self._num_groups:
             raise ValueError(f"group: expected 0 to {self._num_groups - 1}, got {group}")
-        if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
+        if type(keys) is not list and (  # for the other questions take longer
+            isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)
+        ):
             raise ValueError(f"keys: expected one key (bytes) per chunk, got {type(keys).__name__}")
         keys = list(keys)
         if not _BYTES.issuperset(map(type, keys)):  # no loop where all are just that

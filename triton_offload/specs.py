@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 
+_INTEGERS = frozenset({int})
+
+
 class Direction(Enum):
     """Which way a job moves bytes."""
 
@@ -112,13 +115,13 @@ class CPULoadStoreSpec(LoadStoreSpec):
 
 
 def _counts(name: str, counts: Iterable[int]) -> tuple[int, ...]:
-    if not isinstance(counts, Iterable):
+    # Every job comes by here with few that are right, and names are put together of wrong ones.
+    if type(counts) in (tuple, list) and _INTEGERS.issuperset(map(type, counts)):
+        if min(counts, default=0) >= 0:
+            return tuple(counts)
+    elif not isinstance(counts, Iterable):
         raise ValueError(f"{name}: expected a sequence of integers, got {counts!r}")
-    return tuple(
-        # The names of the wrong ones alone are put together: every job comes by here.
-        n if type(n) is int and n >= 0 else as_integer(f"{name}[{i}]", n)
-        for i, n in enumerate(counts)
-    )
+    return tuple(as_integer(f"{name}[{i}]", n) for i, n in enumerate(counts))
 
 
 def _flags(
@@ -142,6 +145,8 @@ class TransferStatus(Enum):
     SUCCESS = "success"  # every byte landed
     FAILED = "failed"
     CANCELLED = "cancelled"  # before any of it had started
+
+    __hash__ = object.__hash__  # as of `Direction`
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,7 +331,7 @@ class HostDevice(RealTime):
     ) -> None:
         check = stream.tasks.check
         work = partial(move, table, block_ids, slots, slot_ids, first_block, check)
-        self._submit(stream, work, len(block_ids) * table.bytes_per_block)
+        self._submit(stream, work, block_ids.shape[0] * table.bytes_per_block)
 
     def _submit(self, stream: HostStream, work: _Work, num_bytes: int) -> None:
         """Many small operations in a row are as long as a large one: they share what is left."""

@@ -33,6 +33,9 @@ _SLICE_BYTES = 4 << 20
 # Up to so many bytes per tensor, numpy's calls are faster than torch's (two cores of a Xeon).
 _SMALL_BYTES = 64 << 10
 
+# Of these, pages from this size on are moved one by one: an indexed copy goes through a temporary.
+_ONE_PAGE_BYTES = 4 << 10
+
 # A table meets the pool's slots and those of a few staging buffers.
 _MAX_PLACES = 16
 
@@ -57,12 +60,13 @@ def gather(
 
     `check` is called between two tensors of many bytes; what it raises ends the work there.
     """
-    few = _are_few(table, block_ids)
-    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
-        if few:
+    if _are_few(table, block_ids):
+        for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
             for tensor in tensors:
-                tensor.places[places] = tensor.pages[blocks]
-            continue
+                for block, place in pairs:
+                    tensor.places[place] = tensor.pages[block]
+        return
+    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
         here, there = _rows(blocks), _rows(places)
         with torch.inference_mode():  # caches of an engine may be tensors of it
             for tensor in tensors:
@@ -79,12 +83,13 @@ def scatter(
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
-    few = _are_few(table, block_ids)
-    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
-        if few:
+    if _are_few(table, block_ids):
+        for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
             for tensor in tensors:
-                tensor.pages[blocks] = tensor.places[places]
-            continue
+                for block, place in pairs:
+                    tensor.pages[block] = tensor.places[place]
+        return
+    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
         here, there = _rows(blocks), _rows(places)
         with torch.inference_mode():
             for tensor in tensors:
@@ -95,6 +100,7 @@ def scatter(
 # -- views --
 
 _Numbers: TypeAlias = npt.NDArray[np.int64] | slice
+_Index: TypeAlias = _Numbers | int
 _Views: TypeAlias = npt.NDArray[Any]
 
 
@@ -135,8 +141,34 @@ class _Plan:
 _plans: WeakKeyDictionary[PageTable, _Plan] = WeakKeyDictionary()
 
 
+def _plan_of(table: PageTable) -> _Plan:
+    plan = _plans.get(table)
+    if plan is None:
+        plan = _plans[table] = _Plan()
+    return plan
+
+
 def _are_few(table: PageTable, block_ids: torch.Tensor) -> bool:
     return block_ids.shape[0] * table.bytes_per_block <= _SMALL_BYTES * len(table.pages)
+
+
+def _pairs(
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+) -> Iterator[tuple[list[_Tensor], list[tuple[_Index, _Index]]]]:
+    """Tensors with what numpy is to move at once: indices of pages and of their places."""
+    if table.bytes_per_block < _ONE_PAGE_BYTES * len(table.pages):
+        for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
+            yield tensors, [(blocks, places)]
+        return
+    pages, slot, span = block_ids.tolist(), slot_ids.tolist(), table.blocks_per_chunk
+    chunks = [divmod(number, span) for number in range(first_block, first_block + len(pages))]
+    for (to_slot, to_position), tensors in _plan_of(table).tensors(table, slots).items():
+        there = [slot[chunk] * to_slot + position * to_position for chunk, position in chunks]
+        yield tensors, list(zip(pages, there, strict=True))
 
 
 def _operands(
@@ -151,9 +183,6 @@ def _operands(
     Of chunks of 32 pages of 4 KiB one call for each position reached 0.2 of a plain copy's speed,
     one for each chunk 0.3 to 0.5, one for all 0.5 to 0.65 (two cores of an EPYC).
     """
-    plan = _plans.get(table)
-    if plan is None:
-        plan = _plans[table] = _Plan()
     ids = block_ids.numpy()
     slot: Any = slot_ids.numpy()
     position: Any = 0
@@ -164,7 +193,7 @@ def _operands(
         chunk, position = np.divmod(number, table.blocks_per_chunk)
         slot = slot[chunk]
     blocks = _numbers(ids)
-    for (to_slot, to_position), tensors in plan.tensors(table, slots).items():
+    for (to_slot, to_position), tensors in _plan_of(table).tensors(table, slots).items():
         yield tensors, blocks, _numbers(slot * to_slot + position * to_position)
 
 

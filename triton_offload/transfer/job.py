@@ -36,7 +36,7 @@ class Job:
     after: list[Job]
     submitted: float | None
     queue_seconds: float = 0.0
-    by_path: dict[str, int] = field(default_factory=dict)
+    by_path: dict[Path, int] = field(default_factory=dict)
     planned: Iterator[Planned] | None = None
     held: Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None

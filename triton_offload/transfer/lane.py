@@ -244,7 +244,7 @@ class Lane:
                 self._fly(InFlight(job, ends, ends[-1], num_ops=5))
             return error
         job.last = queued
-        job.by_path[path.value] = job.by_path.get(path.value, 0) + segment.run.num_bytes
+        job.by_path[path] = job.by_path.get(path, 0) + segment.run.num_bytes
         self._fly(InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
         return None
 
@@ -257,6 +257,11 @@ class Lane:
             self._end_cancelled(job)
             return
         self._doubt(job)  # the next store of its slots may be queued before this one is over
+        last = self._in_flight[-1] if self._in_flight else None
+        if job.error is None and last is not None and last.job is job:  # its last segment is whole
+            job.end = last.done
+            last.ends = True
+            return
         ends: tuple[Event, ...] = ()
         if self.lost is None and job.error is None:
             try:
@@ -314,7 +319,8 @@ class Lane:
             if not work.job.cancelled and not self._endings.is_over(work.done, work.job):
                 return
             for event in work.events:
-                self._endings.is_over(event, work.job)
+                if event is not work.done:  # asked above
+                    self._endings.is_over(event, work.job)
             self._in_flight.popleft()
             self._num_ops -= work.num_ops
             self._num_bytes -= work.num_bytes
@@ -339,7 +345,7 @@ class Lane:
                 TransferStatus.SUCCESS,
                 job.num_bytes,
                 seconds,
-                bytes_by_path=tuple(job.by_path.items()),
+                bytes_by_path=tuple([(path.value, part) for path, part in job.by_path.items()]),
                 queue_seconds=job.queue_seconds,
             )
         if job.error is not None:

@@ -171,11 +171,11 @@ class LaneStreams:
 
     def end(self, stream: Stream, num_ops: int) -> Queued:
         """Of a segment that was queued on one stream alone."""
-        done = self.record(stream)
+        done = self.record(stream, timed=True)
         return Queued(done, done, (done,), num_ops)
 
-    def record(self, stream: Stream) -> Event:
-        """A new event, recorded on the stream."""
-        event = self.device.new_event()
+    def record(self, stream: Stream, *, timed: bool = False) -> Event:
+        """A new event, recorded on the stream. `timed`: what a job may end with."""
+        event = self.device.new_event(timed=timed)
         self.device.record(event, stream)
         return event

@@ -230,6 +230,9 @@ class GroupRun(NamedTuple):
             ends.insert(1, first)
         if last and ends[-1] - ends[-2] >= 3 * last:
             ends.insert(-1, ends[-1] - last)
+        if len(ends) == 2:  # the common job: few chunks
+            yield self
+            return
         for chunk, end in itertools.pairwise(ends):
             blocks = slice(max(0, chunk * span - self.first), end * span - self.first)
             yield GroupRun(

@@ -64,7 +64,7 @@ class Staged(Crossing):
                 device.copy(there, positions(staging[chunk], ours, begin, end), copies)
                 ops += 1
         ops += streams.copy_chunks(run, staging, segment.marks.kept)
-        done = streams.record(copies)
+        done = streams.record(copies, timed=True)
         buffer.free_after = done
         return Queued(gathered, done, (gathered, done), ops)
 
@@ -88,6 +88,6 @@ class Staged(Crossing):
             kernels,
             zero_copy=False,
         )
-        done = streams.record(kernels)
+        done = streams.record(kernels, timed=True)
         buffer.free_after = done
         return Queued(done, done, (copied, done), ops)
