@@ -91,6 +91,7 @@ def _engine_config(layout: str) -> Any:
         cache_config=CacheConfig(block_size=32),
         kv_transfer_config=KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both"),
     )
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
     config.cache_config.kv_cache_layout = layout
     config.cache_config.num_gpu_blocks_override = BLOCKS
     config.model_config = SimpleNamespace(
