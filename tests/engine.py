@@ -14,10 +14,12 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from families import make_model
 from faulty import FaultyDevice, fail
 
 from triton_offload.cli.demo import Engine, tiny_llama
@@ -69,7 +71,7 @@ def _connected(
     return Engine(model, extra, **llm_args)
 
 
-def _reloaded(
+def reloaded(
     engine: Engine, requests: list[list[int]] = SINGLE, max_tokens: int = OUTPUT_TOKENS
 ) -> list[list[int]]:
     """Each prompt with nothing right on the device but what is loaded for it."""
@@ -83,6 +85,24 @@ def _reloaded(
     return answers
 
 
+@contextmanager
+def loads_that_do_nothing(worker: Any) -> Iterator[list[int]]:
+    """Loads that succeed and leave the pages as they were; their ids."""
+    submit_load = worker.submit_load
+    skipped: list[int] = []
+
+    def do_nothing(job_id: int, src: Any, dst: Any, expedited: bool = False) -> bool:
+        from vllm.v1.kv_offload.base import TransferResult
+
+        skipped.append(job_id)
+        worker._reports.append(TransferResult(job_id, True, 0, 0.0))
+        return True
+
+    worker.submit_load = do_nothing
+    yield skipped
+    worker.submit_load = submit_load
+
+
 def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     """Stored, poisoned, loaded."""
     return _stored_and_loaded(_connected(model, blocks_per_chunk))
@@ -91,7 +111,7 @@ def intact(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
 def _stored_and_loaded(engine: Engine) -> dict[str, Any]:
     stored = one_by_one(engine, SINGLE, OUTPUT_TOKENS)
     engine.settle()
-    loaded = _reloaded(engine)
+    loaded = reloaded(engine)
     worker = engine.worker
     return {
         "stored": stored,
@@ -107,24 +127,13 @@ def broken(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     engine = _connected(model, blocks_per_chunk)
     seen = _stored_and_loaded(engine)
     worker = engine.worker
-    submit_load = worker.submit_load
-    skipped = []
-
-    def do_nothing(job_id: int, src: Any, dst: Any, expedited: bool = False) -> bool:
-        from vllm.v1.kv_offload.base import TransferResult
-
-        skipped.append(job_id)
-        worker._reports.append(TransferResult(job_id, True, 0, 0.0))
-        return True
-
-    worker.submit_load = do_nothing
-    without_load = _reloaded(engine)
-    worker.submit_load = submit_load
+    with loads_that_do_nothing(worker) as skipped:
+        without_load = reloaded(engine)
     assert worker.pool is not None
     worker.pool.slots.bitwise_xor_(0x80)  # the sign of every float, and no NaN
-    flipped = _reloaded(engine)
+    flipped = reloaded(engine)
     worker.pool.slots.bitwise_xor_(0x80)
-    mended = _reloaded(engine)
+    mended = reloaded(engine)
     return {
         **seen,
         "without_load": without_load,
@@ -226,7 +235,7 @@ class Rounds:
         return one_by_one(self.engine, FEW, FEW_TOKENS)
 
     def load(self) -> list[list[int]]:
-        return _reloaded(self.engine, FEW, FEW_TOKENS)
+        return reloaded(self.engine, FEW, FEW_TOKENS)
 
     def load_at_once(self) -> list[list[int]]:
         self.engine.forget()
@@ -266,43 +275,15 @@ def failures(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     return rounds.seen
 
 
-def tiny_gemma3(path: Path) -> Path:
-    """A tiny random model of two KV cache groups: sliding windows, and full attention."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        tie_word_embeddings=False,  # tied, it repeats the last token
-    )
-    transformers.Gemma3ForCausalLM(config).save_pretrained(path)
-    return path
-
-
-def hybrid_plain(model: Path) -> dict[str, Any]:
-    """The hybrid model's answers without a connector, each prompt recomputed."""
-    tiny_gemma3(model)
-    engine = Engine(model, max_model_len=1024)
+def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """A model of two KV cache groups: loads of one group fail, then all, then stores."""
+    make_model("gemma3", model)
+    plain = Engine(model, max_model_len=1024)
     answers = []
     for prompt in FEW:
-        engine.forget()
-        answers.append(engine.generate([prompt], FEW_TOKENS)[0].token_ids)
-    return {"answers": answers}
-
-
-def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
-    """The hybrid model: loads of one group fail, then all, then stores."""
+        plain.forget()
+        answers += one_by_one(plain, [prompt], FEW_TOKENS)
+    plain.close()
     device = FaultyDevice()
     engine = _surviving(model, device, blocks_per_chunk)
     rounds = Rounds(engine)
@@ -320,7 +301,7 @@ def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     assert pool is not None
     pool.slots.bitwise_xor_(0x80)  # the sign of every float, and no NaN
     rounds.run("flipped", rounds.load)
-    return rounds.seen
+    return {"plain": {"answers": answers}, **rounds.seen}
 
 
 def until_killed(model: Path, started: Path) -> None:
@@ -356,13 +337,11 @@ def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") ->
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="triton_offload")
-    path = tiny_llama(Path(model))
+    path = Path(model) if scenario == "hybrid" else tiny_llama(Path(model))
     if scenario == "plain":
         seen = plain(path)
     elif scenario == "until_killed":
         return until_killed(path, Path(output))
-    elif scenario == "hybrid_plain":
-        seen = hybrid_plain(path)
     else:
         scenarios = {
             "intact": intact,

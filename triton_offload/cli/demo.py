@@ -83,14 +83,13 @@ class Engine:
                 },
             }
         self._sampling = vllm.SamplingParams
+        chosen = {"dtype": "float32", "block_size": _BLOCK_TOKENS, **llm_args}
         self.llm = vllm.LLM(
             model=str(model),
             skip_tokenizer_init=True,
-            dtype="float32",
-            block_size=_BLOCK_TOKENS,
             enable_prefix_caching=True,
             enforce_eager=True,
-            **llm_args,
+            **chosen,
         )
         self._request_ids = itertools.count()
 

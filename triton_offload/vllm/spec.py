@@ -87,6 +87,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return worker
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
+        _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = _layout(kv_caches, self.blocks_per_chunk)
         if layout.slot_bytes > self.cpu_page_size_per_worker:
             raise ValueError(
@@ -171,6 +172,20 @@ def _check_stages(config: Any) -> None:
         raise ValueError(
             "pipeline_parallel_size: expected stages of equally many bytes of KV cache per block, "
             f"got {sizes}, by rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
+        )
+
+
+def _check_whole_blocks(kv_caches: Any, block_bytes: int) -> None:
+    """Raise where the one tensor that vLLM hands over has a part of each block only.
+
+    It takes caches whose pages lie apart for blocks of all layers, and where they end for where the
+    next page begins: not so where heads lie outside of blocks, or pages are padded one by one.
+    """
+    pages = [cache.page_size_bytes for cache in kv_caches.tensors]
+    if len(pages) == 1 and pages[0] < block_bytes:
+        raise ValueError(
+            f"kv_caches: expected blocks of {block_bytes} bytes, got {pages[0]}: of each vLLM would "
+            "offload no more; VLLM_KV_CACHE_LAYOUT=BLHNC asks for a layout that moves whole"
         )
 
 

@@ -1,0 +1,152 @@
+"""Every byte of every kind of cache that vLLM lays out, stored and loaded without an engine.
+
+`tests/test_vllm_spec.py` runs this file on the other supported vLLM too.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what vllm's own imports warn about
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.kv_offload.cpu import spec as cpu_spec
+    from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+    from vllm_layouts import BLOCKS, FAMILIES, LOST, LaidOut
+    from vllm_parts import blocks_of
+
+    from triton_offload.vllm import spec as plugin_spec
+
+# No byte of the pages is one of these.
+_POISON, _STALE = 0x7E, 0x77
+_BLOCKS_EACH = 4
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (plugin_spec, cpu_spec):
+        monkeypatch.setattr(module, "current_platform", CpuPlatform())
+
+
+@contextmanager
+def _connected(laid_out: LaidOut) -> Iterator[Any]:
+    worker = laid_out.connect()
+    try:
+        yield worker
+    finally:
+        worker.shutdown()
+
+
+def _finish(worker: Any, job_id: int) -> Any:
+    worker.wait({job_id})
+    deadline = time.monotonic() + 30
+    while not (finished := worker.get_finished()):
+        assert time.monotonic() < deadline, "the job was not reported"
+    (result,) = finished
+    assert (result.job_id, result.success) == (job_id, True)
+    return result
+
+
+def _drawn(laid_out: LaidOut, seed: int) -> list[list[int]]:
+    """For each group blocks of its own, for a block belongs to one group at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(BLOCKS, generator=generator).tolist()
+    assert len(laid_out.groups) * _BLOCKS_EACH <= BLOCKS
+    return [drawn[i * _BLOCKS_EACH :][:_BLOCKS_EACH] for i in range(len(laid_out.groups))]
+
+
+def _leave_stale_bytes(
+    worker: Any, laid_out: LaidOut, slots: list[int], blocks_per_chunk: int
+) -> None:
+    """Store chunks of the last group into the slots: the other groups' pages lie elsewhere."""
+    before = laid_out.memory.clone()
+    laid_out.memory.fill_(_STALE)
+    num_groups = len(laid_out.groups)
+    blocks = [i % BLOCKS for i in range(len(slots) * blocks_per_chunk)]
+    stale = blocks_of([*[[]] * (num_groups - 1), blocks], [0] * num_groups)
+    assert worker.submit_store(0, stale, CPULoadStoreSpec(slots))
+    _finish(worker, 0)
+    assert (worker.pool.slots[slots] == _STALE).any()
+    laid_out.memory.copy_(before)
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_groups_own_bytes_come_back_and_nothing_else_changes(
+    name: str, blocks_per_chunk: int
+) -> None:
+    family = FAMILIES[name]
+    laid_out = LaidOut(family, blocks_per_chunk)
+    memory = laid_out.memory
+    generator = torch.Generator().manual_seed(0)
+    memory.random_(1, _STALE, generator=generator)
+    before = memory.clone()
+    sources, targets = _drawn(laid_out, 1), _drawn(laid_out, 2)
+    # Groups begin at each place of a chunk, and their last chunk is not full.
+    first = [i % blocks_per_chunk for i in range(len(sources))]
+    num_chunks = sum(-(-(start + _BLOCKS_EACH) // blocks_per_chunk) for start in first)
+
+    wanted = torch.full_like(memory, _POISON)
+    moved = 0
+    for layers, source, target in zip(laid_out.groups, sources, targets, strict=True):
+        if family.whole_blocks:
+            wanted.view(BLOCKS, -1)[target] = before.view(BLOCKS, -1)[source]
+            moved += _BLOCKS_EACH * memory.numel() // BLOCKS
+        for layer in layers:
+            places = laid_out.places(layer)
+            wanted[places[target]] = before[places[source]]
+            moved += 0 if family.whole_blocks else places[source].numel()
+
+    with _connected(laid_out) as worker:
+        pool = worker.pool.slots
+        shuffled = torch.randperm(len(pool), generator=generator).tolist()
+        slots, others = shuffled[:num_chunks], shuffled[num_chunks:]
+        assert len(slots) == num_chunks
+        _leave_stale_bytes(worker, laid_out, slots, blocks_per_chunk)
+        assert worker.submit_store(1, blocks_of(sources, first), CPULoadStoreSpec(slots))
+        assert _finish(worker, 1).transfer_size == moved
+        assert torch.equal(memory, before), "a store changed pages"
+        assert not (pool[others] != 0).any(), "a store changed other slots"
+        assert not (pool[slots] == _STALE).any(), "what a slot held before is still there"
+        assert int((pool[slots] != 0).sum()) == moved, "more than the groups' own bytes"
+        stored = pool.clone()
+
+        memory.fill_(_POISON)
+        assert worker.submit_load(2, CPULoadStoreSpec(slots), blocks_of(targets, first))
+        assert _finish(worker, 2).transfer_size == moved
+        assert torch.equal(memory, wanted)
+        assert torch.equal(pool, stored), "a load changed the pool"
+
+
+def test_the_families_differ_as_they_should() -> None:
+    """What makes each of them worth a test is there."""
+    laid_out = {name: LaidOut(family, 1) for name, family in FAMILIES.items()}
+    for name in ("sliding windows", "Mamba states padded to attention", "DeepSeek V4"):
+        groups = [each.kv_cache_spec for each in laid_out[name].placed.kv_cache_groups]
+        assert len(groups) >= 3, name
+        shared = [laid_out[name].places(layers[0])[1] for layers in laid_out[name].groups]
+        assert all(each[0] == shared[0][0] for each in shared), f"{name}: groups do not overlay"
+    assert len({len(g) for g in laid_out["sliding windows"].groups}) > 1
+    padded = laid_out["Mamba states padded to attention"]
+    pages = {layer: padded.places(layer).shape[1] for layer in padded.caches}
+    assert pages["mamba.0"] < pages["attention.0"]
+    padded = laid_out["attention padded to Mamba states"]
+    pages = {layer: padded.places(layer).shape[1] for layer in padded.caches}
+    assert pages["mamba.0"] > pages["attention.0"]
+    v4 = laid_out["DeepSeek V4"]
+    assert len({v4.places(layer).shape[1] for layer in v4.caches}) >= 4
+    assert len({group.kv_cache_spec.block_size for group in v4.placed.kv_cache_groups}) >= 3
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_blocks_of_which_vllm_would_move_a_part_are_refused(name: str) -> None:
+    laid_out = LaidOut(LOST[name], 2)
+    with pytest.raises(ValueError, match=r"kv_caches: expected .* VLLM_KV_CACHE_LAYOUT"):
+        laid_out.connect()
