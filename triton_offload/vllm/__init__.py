@@ -17,6 +17,7 @@ try:
 
     from triton_offload.vllm.connector import TritonOffloadingConnector
     from triton_offload.vllm.spec import TritonOffloadingSpec
+    from triton_offload.vllm.tiering_spec import TritonTieringOffloadingSpec
     from triton_offload.vllm.worker import TritonOffloadingWorker
 except ImportError as _error:
     raise ImportError(f"{SUPPORT}; this one lacks what they have: {_error}") from _error
@@ -27,5 +28,6 @@ __all__ = [
     "TritonOffloadingConnector",
     "TritonOffloadingSpec",
     "TritonOffloadingWorker",
+    "TritonTieringOffloadingSpec",
     "require_version",
 ]

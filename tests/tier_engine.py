@@ -1,0 +1,118 @@
+"""Runs one part of a life with a tier of files, in a process of its own, and writes what it saw.
+
+`python tests/tier_engine.py PART MODEL FOLDER OUTPUT`. `FOLDER`: where the files are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from engine import FEW, FEW_TOKENS, one_by_one
+
+from triton_offload.cli.demo import Engine, tiny_llama
+
+
+def _engine(model: Path, folder: Path, **extra: Any) -> Engine:
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "TritonTieringOffloadingSpec",
+            "spec_module_path": "triton_offload.vllm",
+            "cpu_bytes_to_use": "64MiB",
+            "blocks_per_chunk": 2,
+            "secondary_tiers": [{"type": "fs", "root_dir": str(folder)}],
+            **extra,
+        },
+    }
+    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
+
+
+def manager_of(engine: Engine) -> Any:
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return core.scheduler.connector.connector_scheduler.manager
+
+
+def settle(engine: Engine) -> None:
+    """Until nothing is under way to or from the tier, either."""
+    engine.settle()
+    deadline = time.monotonic() + 60
+    while manager_of(engine).has_pending_work():
+        assert time.monotonic() < deadline, "the tier's transfers did not end"
+        engine.settle()
+
+
+def loaded(engine: Engine) -> dict[str, Any]:
+    """Each prompt with nothing right on the device, and nothing in the pool."""
+    before = engine.worker.loads
+    answers = []
+    for prompt in FEW:
+        settle(engine)
+        engine.forget(host_pool_too=True)
+        engine.poison()
+        answers += one_by_one(engine, [prompt], FEW_TOKENS)
+    settle(engine)
+    after = engine.worker.loads
+    return {
+        "answers": answers,
+        "loads": after.succeeded - before.succeeded,
+        "loaded_bytes": after.num_bytes - before.num_bytes,
+    }
+
+
+def fill(model: Path, folder: Path) -> dict[str, Any]:
+    """Answers that are computed, and whether each file is what the pool's slots hold."""
+    engine = _engine(model, folder)
+    answers = one_by_one(engine, FEW, FEW_TOKENS)
+    settle(engine)
+    manager, pool = manager_of(engine), engine.worker.pool
+    assert pool is not None
+    (tier,) = manager.secondary_tiers
+    row_bytes = pool.slots.stride(0)
+    rows = pool.slots.as_strided((pool.num_slots, row_bytes), (row_bytes, 1)).numpy()
+    wrong = []
+    for key, chunk in manager.primary_tier._policy.chunks.items():
+        written = Path(tier.file_mapper.get_file_name(key)).read_bytes()
+        if written != rows[chunk.chunk_id].tobytes() or not any(written):
+            wrong.append(key.hex())
+    found = {
+        "answers": answers,
+        "chunks": len(manager.primary_tier._policy.chunks),
+        "files": len(list(folder.rglob("*.bin"))),
+        "wrong": wrong,
+        "loads": engine.worker.loads.jobs,
+        "regions": [str(path) for path in Path("/dev/shm").glob("vllm_offload_*")],
+    }
+    del rows
+    engine.close()
+    return found
+
+
+def restart(model: Path, folder: Path) -> dict[str, Any]:
+    """What another engine loads from the files, and then from files with a byte flipped in each."""
+    engine = _engine(model, folder)
+    seen = {"intact": loaded(engine)}
+    for path in folder.rglob("*.bin"):
+        data = bytearray(path.read_bytes())
+        data[3] ^= 0x40  # of a float's exponent: what was small is huge
+        path.write_bytes(data)
+    seen["flipped"] = loaded(engine)
+    engine.close()
+    return seen
+
+
+def main(part: str, model: str, folder: str, output: str) -> None:
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", module="triton_offload")
+    parts = {"fill": fill, "restart": restart}
+    seen = parts[part](tiny_llama(Path(model)), Path(folder))
+    Path(output).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
