@@ -39,6 +39,7 @@ SLOW_FILES = {
     "test_trace_hit_rates.py",
     "test_vllm_connector.py",
     "test_vllm_spec.py",
+    "test_vllm_tiers.py",
 }
 # And of other files these tests, whatever their parameters.
 SLOW_TESTS = {

@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from triton_offload import vllm as plugin
     from triton_offload.vllm import connector as plugin_connector
     from triton_offload.vllm import spec as plugin_spec
+    from triton_offload.vllm.failed_stores import FailedStores
     from triton_offload.vllm.lost_chunks import LostChunks
     from triton_offload.vllm.metrics import DEFINITIONS
     from triton_offload.vllm.stale_regions import region_file
@@ -209,6 +210,22 @@ def _stored_in_pool(world: World, request: Any) -> bool:
     return len(world.primary._policy.chunks) == 4
 
 
+def test_one_failed_store_is_not_another() -> None:
+    told: list[tuple[Any, bool]] = []
+    manager = SimpleNamespace(
+        complete_store=lambda keys, context, success=True: told.append((keys, success))
+    )
+    failed = FailedStores(manager)
+    first, second = {b"a"}, {b"a"}
+    failed.add(second)
+    assert not told
+    manager.complete_store(first, None)
+    manager.complete_store(second, None)
+    manager.complete_store(second, None)  # another job, which has the set where the other had it
+    manager.complete_store(first, None, success=False)
+    assert [success for _, success in told] == [True, False, True, False]
+
+
 def test_a_chunk_that_has_the_key_of_a_lost_one_stays() -> None:
     lost, new = SimpleNamespace(ref_cnt=1), SimpleNamespace(ref_cnt=-1)  # which is being written
     there = {b"key": lost}
@@ -370,6 +387,10 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
         r"'module_path', 'n_read_threads', 'n_write_threads', 'root_dir', 'type'\], got 'rootdir'; "
         r"was 'root_dir' meant\?$",
     ),
+    (
+        {"secondary_tiers": [{"type": "fs", "tier_type": "fs"}]},
+        r"secondary_tiers\[0\]: .*got 'tier_type'",
+    ),
     ({"backpresure": {}}, r"got 'backpresure'; was 'backpressure' meant\?$"),
     ({"store_threshold": 2}, "store_threshold: expected less than 2 beside secondary tiers, got 2"),
 ]
@@ -434,3 +455,9 @@ def test_the_spec_without_tiers_names_the_one_with() -> None:
         plugin.TritonOffloadingSpec(make_config(extra_config=extra))
 
 
+
+
+def test_the_spec_without_tiers_does_not_know_what_tiers_do() -> None:
+    extra = {"cpu_bytes_to_use": 1 << 20, "backpressure": {}}
+    with pytest.raises(ValueError, match="got 'backpressure'"):
+        plugin.TritonOffloadingSpec(make_config(extra_config=extra))

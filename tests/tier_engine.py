@@ -68,9 +68,12 @@ def loaded(engine: Engine) -> dict[str, Any]:
 def fill(model: Path, folder: Path) -> dict[str, Any]:
     """Answers that are computed, and whether each file is what the pool's slots hold."""
     engine = _engine(model, folder)
+    from triton_offload.vllm.stale_regions import region_file
+
     answers = one_by_one(engine, FEW, FEW_TOKENS)
     settle(engine)
     manager, pool = manager_of(engine), engine.worker.pool
+    config = engine.llm.llm_engine.vllm_config.kv_transfer_config
     assert pool is not None
     (tier,) = manager.secondary_tiers
     row_bytes = pool.slots.stride(0)
@@ -86,7 +89,7 @@ def fill(model: Path, folder: Path) -> dict[str, Any]:
         "files": len(list(folder.rglob("*.bin"))),
         "wrong": wrong,
         "loads": engine.worker.loads.jobs,
-        "regions": [str(path) for path in Path("/dev/shm").glob("vllm_offload_*")],
+        "named": region_file(config.engine_id).exists(),
     }
     del rows
     engine.close()
