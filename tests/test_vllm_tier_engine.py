@@ -19,25 +19,29 @@ pytestmark = pytest.mark.engine
 _SCRIPT = Path(__file__).with_name("tier_engine.py")
 
 
-def _run(part: str, folder: Path, *options: str) -> dict[str, Any]:
-    """One engine's life, in a process of its own."""
+def _run(folder: Path, *parts: str) -> dict[str, Any]:
+    """What each part has seen, every one with an engine and a process of its own."""
     output = folder / "output.json"
-    command = [sys.executable, _SCRIPT, part, folder / "model", folder / "files", output, *options]
+    places = [str(folder / name) for name in ("model", "files")]
     done = subprocess.run(
-        command, cwd=_SCRIPT.parent.parent, capture_output=True, text=True, timeout=900
+        [sys.executable, str(_SCRIPT), *places, str(output), *parts],
+        cwd=_SCRIPT.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
-    assert done.returncode == 0, f"{part}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     seen: dict[str, Any] = json.loads(output.read_text())
     return seen
 
 
 def test_after_a_restart_outputs_are_equal_and_come_from_the_files(tmp_path: Path) -> None:
-    filled = _run("fill", tmp_path)
+    seen = _run(tmp_path, "fill", "restart")
+    filled, again = seen["fill"], seen["restart"]
     assert filled["files"] == filled["chunks"] > 0
     assert not filled["wrong"], "files that are not what the slots held, or nothing but zeros"
     assert not filled["named"], "the region has a name still"
     assert all(len(set(answer)) > 2 for answer in filled["answers"])
-    again = _run("restart", tmp_path)
     assert again["intact"]["answers"] == filled["answers"]
     assert again["intact"]["loads"] == len(filled["answers"])  # each prompt had something to load
     # And it was of the files: of others, no answer is right.

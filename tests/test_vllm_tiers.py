@@ -28,8 +28,16 @@ with warnings.catch_warnings():
     from vllm.v1.kv_offload.tiering.fs import manager as files
     from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
     from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
-    from vllm_parts import BLOCKS_PER_CHUNK, CHUNKS, GROUPS, PAGES, SLOT, blocks_of, make_config
-    from vllm_parts import random_caches
+    from vllm_parts import (
+        BLOCKS_PER_CHUNK,
+        CHUNKS,
+        GROUPS,
+        PAGES,
+        SLOT,
+        blocks_of,
+        make_config,
+        random_caches,
+    )
 
     from triton_offload import vllm as plugin
     from triton_offload.vllm import connector as plugin_connector
@@ -72,7 +80,8 @@ def _rows(world: World) -> torch.Tensor:
     pool = world.workers[0].transfers.pool
     assert pool is not None
     width = pool.slots.stride(0)
-    return pool.slots.as_strided((pool.num_slots, width), (width, 1))
+    rows: torch.Tensor = pool.slots.as_strided((pool.num_slots, width), (width, 1))
+    return rows
 
 
 def _files(world: World) -> dict[Path, Any]:
@@ -274,6 +283,10 @@ def test_no_byte_of_what_a_tier_brought_stays_in_a_slot_that_is_stored_to(
 # -- the region --
 
 
+def _worker(config: Any) -> Any:
+    return plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0))
+
+
 def test_the_scheduler_maps_what_the_ranks_mapped_and_then_it_has_no_name(tmp_path: Path) -> None:
     config = _config(tmp_path)
     ranks = dataclasses.replace(config.parallel, world_size=2, tp_size=2)
@@ -281,9 +294,7 @@ def test_the_scheduler_maps_what_the_ranks_mapped_and_then_it_has_no_name(tmp_pa
         dataclasses.replace(config, parallel=dataclasses.replace(ranks, rank=rank))
         for rank in range(2)
     ]
-    workers = [
-        plugin.TritonTieringOffloadingSpec(each).get_worker(random_caches(0)) for each in of_rank
-    ]
+    workers = [_worker(each) for each in of_rank]
     assert region_file(config.engine_id).exists()
     spec = plugin.TritonTieringOffloadingSpec(of_rank[0])
     manager = spec.get_manager()
@@ -306,7 +317,7 @@ def test_where_the_scheduler_is_first_the_name_stays_for_the_ranks(tmp_path: Pat
     config = _config(tmp_path)
     manager = plugin.TritonTieringOffloadingSpec(config).get_manager()
     assert region_file(config.engine_id).exists()
-    worker = plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0))
+    worker = _worker(config)
     worker.pool.slots[3, 5] = 9
     assert manager.primary_tier.get_kv_memoryview()[3, 5] == 9
     worker.shutdown()
@@ -316,7 +327,7 @@ def test_where_the_scheduler_is_first_the_name_stays_for_the_ranks(tmp_path: Pat
 
 def test_a_worker_takes_no_name_away_that_is_another_files(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    worker = plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0))
+    worker = _worker(config)
     path = region_file(config.engine_id)
     path.unlink()
     path.touch()
@@ -328,7 +339,7 @@ def test_a_worker_takes_no_name_away_that_is_another_files(tmp_path: Path) -> No
 def test_a_manager_that_can_not_be_made_leaves_no_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = _config(tmp_path / "file")
-    worker = plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0))
+    worker = _worker(config)
     with pytest.raises(NotADirectoryError):
         plugin.TritonTieringOffloadingSpec(config).get_manager()
     assert not region_file(config.engine_id).exists()
@@ -341,9 +352,7 @@ def test_only_who_makes_the_region_asks_whether_there_is_memory(
     asked: list[int] = []
     monkeypatch.setattr(plugin_spec, "check_room", lambda name, size, folder: asked.append(size))
     config = _config(tmp_path)
-    workers = [
-        plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0)) for _ in range(2)
-    ]
+    workers = [_worker(config) for _ in range(2)]
     assert asked == [CHUNKS * 4096]
     for worker in workers:
         worker.shutdown()
@@ -351,7 +360,7 @@ def test_only_who_makes_the_region_asks_whether_there_is_memory(
     monkeypatch.setattr(plugin_spec, "current_platform", CpuPlatform())
     config = _config(tmp_path, cpu_bytes_to_use="10TB")
     with pytest.raises(ValueError, match=r"^cpu_bytes_to_use: expected at most .*got \d.\d TiB$"):
-        plugin.TritonTieringOffloadingSpec(config).get_worker(random_caches(0))
+        _worker(config)
     assert not region_file(config.engine_id).exists()
 
 
@@ -453,8 +462,6 @@ def test_the_spec_without_tiers_names_the_one_with() -> None:
     message = re.escape("and TritonTieringOffloadingSpec on to tiers, got [{'type': 'fs'}]")
     with pytest.raises(ValueError, match=message):
         plugin.TritonOffloadingSpec(make_config(extra_config=extra))
-
-
 
 
 def test_the_spec_without_tiers_does_not_know_what_tiers_do() -> None:

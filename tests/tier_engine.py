@@ -1,14 +1,20 @@
-"""Runs one part of a life with a tier of files, in a process of its own, and writes what it saw.
+"""Lives of engines with a tier of files, one after the other, and what each of them saw.
 
-`python tests/tier_engine.py PART MODEL FOLDER OUTPUT`. `FOLDER`: where the files are.
+Each has a process of its own, forked from one that has imported vllm, which takes as long as an
+engine's start.
+
+`python tests/tier_engine.py MODEL FOLDER OUTPUT LIFE...`. `FOLDER`: where the files are.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +115,35 @@ def restart(model: Path, folder: Path) -> dict[str, Any]:
     return seen
 
 
-def main(part: str, model: str, folder: str, output: str) -> None:
+LIVES = {"fill": fill, "restart": restart}
+
+
+def _forked(life: Callable[[Path, Path], Any], model: Path, folder: Path, output: Path) -> Any:
+    child = os.fork()
+    if child == 0:
+        try:
+            output.write_text(json.dumps(life(model, folder)))
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"{life.__name__} ended with {status}"
+    return json.loads(output.read_text())
+
+
+def main(model: str, folder: str, output: str, *lives: str) -> None:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="triton_offload")
-    parts = {"fill": fill, "restart": restart}
-    seen = parts[part](tiny_llama(Path(model)), Path(folder))
+    # What is read when they are imported; the rest says `Engine`.
+    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
+    import vllm
+
+    assert vllm.LLM  # with all that it needs, which is loaded when it is asked for
+
+    path, seen = tiny_llama(Path(model)), {}
+    for life in lives:
+        seen[life] = _forked(LIVES[life], path, Path(folder), Path(output))
     Path(output).write_text(json.dumps(seen))
 
 

@@ -35,9 +35,7 @@ class SlotContents:
     `other_writers`: there are others who write to slots, so that nobody knows, ever.
     """
 
-    def __init__(
-        self, layout: CacheLayout, num_slots: int, *, other_writers: bool = False
-    ) -> None:
+    def __init__(self, layout: CacheLayout, num_slots: int, *, other_writers: bool = False) -> None:
         # The group whose chunk each slot holds, or one of the two above.
         self._holder = np.full(num_slots, _MIXED if other_writers else _ZEROS, dtype=np.int64)
         self._knows = not other_writers

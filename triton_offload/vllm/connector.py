@@ -87,6 +87,6 @@ def _check(config: Any) -> None:
     spec = OffloadingSpecFactory.get_spec_cls(extra)
     if not issubclass(spec, TritonOffloadingSpec):
         raise ValueError(
-            "spec_name: expected TritonOffloadingSpec, TritonTieringOffloadingSpec or nothing beside "
-            f"TritonOffloadingConnector, got {extra['spec_name']!r}"
+            "spec_name: expected TritonOffloadingSpec, TritonTieringOffloadingSpec, or nothing, "
+            f"beside TritonOffloadingConnector, got {extra['spec_name']!r}"
         )

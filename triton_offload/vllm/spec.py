@@ -45,7 +45,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     engine builds the spec.
     """
 
-    #: whether tiers read and write the pool too: the scheduler's process maps the region by its name
+    #: whether tiers read and write the pool, too: the scheduler maps the region by its name
     has_tiers: ClassVar[bool] = False
 
     _worker: Any
