@@ -777,7 +777,10 @@ _REFUSED = [
             ({"staging_bytes": 0}, "staging_bytes: expected at least 1, got 0"),
         )
     ),
-    ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
+    (
+        {"canonical_layout": True},
+        "canonical_layout: expected false, .*TritonTieringOffloadingSpec has, got True",
+    ),
     ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
     ({"extra_config": {"cpu_bytes_to_use": 0}}, "at least one chunk, got 0"),
 ]

@@ -78,9 +78,10 @@ class SlotContents:
 
 
 def _fills(group: GroupLayout, layout: CacheLayout) -> bool:
-    """Whether a whole chunk of the group is all of its slot."""
+    """Whether a whole chunk of the group is all that the layout has of its slot."""
     covered = sum(part.num_bytes for part in group.byte_ranges)
-    return covered == layout.slot_bytes and not group.has_gaps
+    own = layout.own_ranges or ((0, layout.slot_bytes),)
+    return covered == sum(size for _, size in own) and not group.has_gaps
 
 
 def _places(flags: npt.NDArray[np.bool_]) -> tuple[int, ...]:

@@ -7,7 +7,8 @@
 Every option of vLLM's `CPUOffloadingSpec` applies; `path` ("auto", "staged", "zero_copy" or
 "copy_engine"), `calibration` ("auto", "off" or a file) and `staging_bytes` are ours.
 `TritonTieringOffloadingSpec` takes vLLM's `secondary_tiers`, too. With vLLM's connector a failed
-transfer ends the engine, with `TritonOffloadingConnector` it does not: docs/vllm.md. The only part of this package that imports vllm at its top.
+transfer ends the engine, with `TritonOffloadingConnector` it does not: docs/vllm.md. The only part
+of this package that imports vllm at its top.
 """
 
 from triton_offload.vllm.versions import SUPPORT, require_version

@@ -51,8 +51,11 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     _worker: Any
 
     def __init__(self, config: Any) -> None:
-        if getattr(config, "canonical_layout", False):
-            raise ValueError(f"{SUPPORT}; got canonical_layout=True")
+        if config.canonical_layout and not self.has_tiers:
+            raise ValueError(
+                "canonical_layout: expected false, for TritonOffloadingSpec has no tiers that "
+                "other engines read, and TritonTieringOffloadingSpec has, got True"
+            )
         if not (current_platform.is_cuda() or current_platform.is_cpu()):
             raise ValueError(f"{SUPPORT}; got the platform {current_platform.device_name!r}")
         if config.extra_config.get("secondary_tiers") and not self.has_tiers:
@@ -70,8 +73,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         )
         config = dataclasses.replace(config, extra_config=extra)
         # One copy a rank is right for replicated (MLA) caches too, and needs no writer election.
-        # It has to be said before the sizes are worked out.
-        if getattr(config, "replicated_layout", False):
+        # It has to be said before the sizes are worked out. Canonical chunks are those of all.
+        if config.replicated_layout and not config.canonical_layout:
             config = dataclasses.replace(config, replicated_layout=False)
         super().__init__(config)
         if self.num_chunks < 1:
@@ -97,12 +100,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return worker
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
-        layout = _layout(kv_caches, self.blocks_per_chunk)
-        if layout.slot_bytes > self.cpu_page_size_per_worker:
-            raise ValueError(
-                f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
-                f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
-            )
+        layout = self._lay_out(kv_caches)
         resources = Closing()
         try:
             with torch.inference_mode(False):  # threads that are not in it will write to the pool
@@ -113,6 +111,21 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             resources.close()
             raise
 
+    def _lay_out(self, kv_caches: Any) -> CacheLayout:
+        """Where the pages lie in a slot, which is this rank's alone."""
+        layout = _layout(kv_caches, self.blocks_per_chunk)
+        if layout.slot_bytes > self.cpu_page_size_per_worker:
+            raise ValueError(
+                f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
+                f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
+            )
+        return layout
+
+    def _map_slots(self, region: Any, layout: CacheLayout) -> torch.Tensor:
+        """int8 [chunks, bytes]: the slots of the layout in vLLM's region."""
+        slots: torch.Tensor = region.create_next_worker_view(self.cpu_page_size_per_worker)
+        return slots
+
     def _make_worker(self, layout: CacheLayout, resources: Closing) -> TritonOffloadingWorker:
         path, staging = (
             self.extra_config.get("path", "auto"),
@@ -120,7 +133,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         )
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
-        pool = self._create_pool(device, resources)
+        pool = self._create_pool(device, layout, resources)
         if staging is None:
             queue = transfer_queue(layout, pool, path, None, calibration)
         else:
@@ -130,7 +143,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         resources.callback(queue.shutdown)
         return TritonOffloadingWorker(queue, pool, resources)
 
-    def _create_pool(self, device: Device, resources: Closing) -> HostPool:
+    def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
         if not self._uses_shared_region():
             try:
                 pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
@@ -142,8 +155,9 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         region = self._create_region()
         resources.callback(_release, region)
         if PIN_MEMORY:
-            _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=True)
-        slots = region.create_next_worker_view(self.cpu_page_size_per_worker)
+            alone = not self.config.canonical_layout
+            _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=alone)
+        slots = self._map_slots(region, layout)
         # What a CPU computes with needs no pinning.
         pinned = region.is_pinned or current_platform.is_cpu()
         pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=pinned)
@@ -162,7 +176,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
             num_chunks=self.num_chunks,
-            rank=self.config.parallel.rank,
+            rank=0 if self.replicated_layout else self.config.parallel.rank,
             kv_bytes_per_chunk=self.kv_bytes_per_chunk,
             cpu_page_size=self.cpu_page_size_per_worker,
             barrier=vllm_spec._all_workers_barrier if alone else None,
@@ -214,17 +228,21 @@ def _release(region: Any) -> None:
     region.cleanup()
 
 
-def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
-    tensors = [
+def tensors_of(kv_caches: Any) -> list[torch.Tensor]:
+    """The caches of vLLM's CanonicalKVCaches as int8 [blocks, page bytes]."""
+    return [
         cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes) for cache in kv_caches.tensors
     ]
+
+
+def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
     groups = []
     for refs in kv_caches.group_data_refs:
         pages: dict[int, int] = {}
         for ref in refs:  # layers that share one cache name its tensor several times
             pages[ref.tensor_idx] = max(pages.get(ref.tensor_idx, 0), ref.page_size_bytes)
         groups.append(list(pages.items()))
-    return CacheLayout(tensors, blocks_per_chunk, groups)
+    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups)
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:

@@ -6,10 +6,13 @@ import dataclasses
 import inspect
 from typing import Any
 
+import torch
 from vllm.v1.kv_offload.tiering import spec as vllm_tiering
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
 from triton_offload.kernels.arguments import shown
+from triton_offload.transfer.layout import CacheLayout
+from triton_offload.vllm.canonical import canonical_layout
 from triton_offload.vllm.options import check_choice, check_keys
 from triton_offload.vllm.spec import TritonOffloadingSpec
 from triton_offload.vllm.stale_regions import region_file
@@ -33,10 +36,13 @@ class TritonTieringOffloadingSpec(TritonOffloadingSpec, vllm_tiering.TieringOffl
         if "secondary_tiers" in extra:
             _check_tiers(extra["secondary_tiers"])
             extra["secondary_tiers"] = [dict(tier) for tier in extra["secondary_tiers"]]  # it adds
-        # vLLM takes chunks of one rank after the other for those of any number of ranks. They are
-        # not where a model has several layers, and a file of as many bytes would be read.
-        parallel = dataclasses.replace(config.parallel, is_parallelism_agnostic=False)
-        super().__init__(dataclasses.replace(config, extra_config=extra, parallel=parallel))
+        config = dataclasses.replace(config, extra_config=extra)
+        if not config.canonical_layout:
+            # vLLM takes chunks of one rank after the other for those of any number of ranks. They
+            # are not where a model has several layers, and a file of as many bytes would be read.
+            parallel = dataclasses.replace(config.parallel, is_parallelism_agnostic=False)
+            config = dataclasses.replace(config, parallel=parallel)
+        super().__init__(config)
         if int(self.extra_config.get("store_threshold", 0)) >= 2:
             threshold = shown(self.extra_config["store_threshold"])
             raise ValueError(
@@ -49,6 +55,24 @@ class TritonTieringOffloadingSpec(TritonOffloadingSpec, vllm_tiering.TieringOffl
         _check_tiers(extra_config.get("secondary_tiers", []))
         metrics: dict[str, Any] = super().build_metric_definitions(extra_config)
         return metrics
+
+    def _lay_out(self, kv_caches: Any) -> CacheLayout:
+        if not self.config.canonical_layout:
+            return super()._lay_out(kv_caches)
+        self._validate_canonical_refs(kv_caches)
+        layout = canonical_layout(kv_caches, self.blocks_per_chunk)
+        if layout.slot_bytes > self.kv_bytes_per_chunk:
+            raise ValueError(
+                f"kv_caches: expected canonical chunks of at most {self.kv_bytes_per_chunk} bytes "
+                f"(kv_bytes_per_chunk), got {layout.slot_bytes}"
+            )
+        return layout
+
+    def _map_slots(self, region: Any, layout: CacheLayout) -> torch.Tensor:
+        if not self.config.canonical_layout:
+            return super()._map_slots(region, layout)
+        slots: torch.Tensor = region.create_next_canonical_view(layout.slot_bytes)
+        return slots
 
     def get_manager(self) -> Any:
         """vLLM's TieringOffloadingManager, made on the first call."""
