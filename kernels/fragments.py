@@ -55,10 +55,11 @@ def fragment_table(
     rows = []
     for each in fragments:
         row, room = table.pages[each.tensor], place_bytes[each.tensor]
-        end = max(
-            each.page_offset + each.num_bytes - row.page_bytes, each.place + each.num_bytes - room
-        )
-        if min(each.page_offset, each.place) < 0 or each.num_bytes < 1 or end > 0:
+        if (
+            min(each.page_offset, each.place, each.num_bytes - 1) < 0
+            or each.page_offset + each.num_bytes > row.page_bytes
+            or each.place + each.num_bytes > room
+        ):
             raise ValueError(
                 f"{name}: expected parts of pages of {row.page_bytes} bytes in places of {room}, "
                 f"got {each}"
