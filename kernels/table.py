@@ -30,6 +30,9 @@ class PageRow:
     """Where in a slot the first page of this tensor lies."""
     block_stride: int
     """Bytes between two consecutive pages in the cache."""
+    is_fragment: bool = False
+    """Whether what lies between two of its pages in a slot is not its own: other fragments of the
+    same pages, or those of others."""
 
     @property
     def alignment(self) -> int:
@@ -107,11 +110,12 @@ class PageTable:
         self.device = pages[0].view.device
         self.offsets = tuple(row.offset for row in pages)
         self.bytes_per_block = sum(row.page_bytes for row in pages)
-        self.byte_ranges = _merged_ranges(pages, blocks_per_chunk)
+        self.byte_ranges = merged_ranges(pages, blocks_per_chunk)
         # What the launchers keep on the device for this table, by how a launch is cut up.
         self.launch_plans: dict[tuple[int, int, int, int], Any] = {}
 
-    def _derived(self, pages: tuple[PageRow, ...], slot_bytes: int) -> PageTable:
+    def derived(self, pages: tuple[PageRow, ...], slot_bytes: int) -> PageTable:
+        """A table of these rows, which are of tensors of this one and lie within a slot."""
         table = PageTable.__new__(PageTable)
         table._fill(pages, self.blocks_per_chunk, slot_bytes)
         return table
@@ -155,21 +159,28 @@ class PageTable:
                 )
             # In inference mode a view is as fit for use outside of it as its base is.
             rows.append(replace(row, view=row.view[:, :page_bytes], page_bytes=page_bytes))
-        return self._derived(tuple(rows), self.slot_bytes)
+        return self.derived(tuple(rows), self.slot_bytes)
 
     def packed(self) -> PageTable:
         """The same pages in a slot without the parts that belong to other tensors.
 
         A row's offset becomes ``B * sum(pitch)`` over the rows before it in the slot, and
         ``slot_bytes`` their sum over all rows. Rows of one tensor share their place, as they do
-        in the full slot.
+        in the full slot. Of fragments the pitch, too, becomes what the table's own take of it.
         """
         starts = [part.slot_offset for part in self.byte_ranges]
+
+        def packed(offset: int) -> int:
+            part = self.byte_ranges[int(np.searchsorted(starts, offset, side="right")) - 1]
+            return offset - part.slot_offset + part.packed_offset
+
         rows = []
         for row in self.pages:
-            part = self.byte_ranges[int(np.searchsorted(starts, row.offset, side="right")) - 1]
-            rows.append(replace(row, offset=row.offset - part.slot_offset + part.packed_offset))
-        return self._derived(tuple(rows), sum(part.num_bytes for part in self.byte_ranges))
+            offset, pitch = packed(row.offset), row.pitch
+            if row.is_fragment and self.blocks_per_chunk > 1:
+                pitch = packed(row.offset + row.pitch) - offset
+            rows.append(replace(row, offset=offset, pitch=pitch))
+        return self.derived(tuple(rows), sum(part.num_bytes for part in self.byte_ranges))
 
     def __repr__(self) -> str:
         return (
@@ -383,10 +394,11 @@ def _byte_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
         )
 
 
-def _merged_ranges(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[ByteRange, ...]:
-    """Extents ``[offset, offset + B * pitch)`` of the rows in slot order, adjacent ones merged."""
+def merged_ranges(pages: Iterable[PageRow], blocks_per_chunk: int) -> tuple[ByteRange, ...]:
+    """The extents of the rows in slot order, adjacent ones merged: ``[offset, offset + B * pitch)``
+    or, of a fragment, its pages alone."""
     extents: list[list[int]] = []
-    for start, end in sorted((r.offset, r.offset + blocks_per_chunk * r.pitch) for r in pages):
+    for start, end in sorted(each for row in pages for each in _extents(row, blocks_per_chunk)):
         if extents and start <= extents[-1][1]:
             extents[-1][1] = max(extents[-1][1], end)
         else:
@@ -397,6 +409,13 @@ def _merged_ranges(pages: tuple[PageRow, ...], blocks_per_chunk: int) -> tuple[B
         ranges.append(ByteRange(start, packed_offset, end - start))
         packed_offset += end - start
     return tuple(ranges)
+
+
+def _extents(row: PageRow, blocks_per_chunk: int) -> list[tuple[int, int]]:
+    if not row.is_fragment:
+        return [(row.offset, row.offset + blocks_per_chunk * row.pitch)]
+    starts = [row.offset + position * row.pitch for position in range(blocks_per_chunk)]
+    return [(start, start + row.page_bytes) for start in starts]
 
 
 def _host_or_device_ids(name: str, ids: Ids) -> IdArray | torch.Tensor:

@@ -37,9 +37,11 @@ SLOW_FILES = {
     "test_soak.py",
     "test_stress.py",
     "test_trace_hit_rates.py",
+    "test_vllm_canonical.py",
     "test_vllm_connector.py",
     "test_vllm_layouts.py",
     "test_vllm_spec.py",
+    "test_vllm_tiers.py",
 }
 # And of other files these tests, whatever their parameters.
 SLOW_TESTS = {

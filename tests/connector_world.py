@@ -97,6 +97,7 @@ class World:
             "spec_module_path": "triton_offload.vllm",
             **options,
         }
+        engine_id = make_config().engine_id
         self.config = SimpleNamespace(
             kv_transfer_config=transfer_config(kv_connector_extra_config=extra),
             parallel_config=SimpleNamespace(world_size=ranks, decode_context_parallel_size=1),
@@ -112,6 +113,7 @@ class World:
             )
             made = make_config(
                 extra_config=extra,
+                engine_id=engine_id,
                 parallel=parallel,
                 enable_kv_cache_events=events,
                 groups=make_config().groups[:groups],
@@ -119,14 +121,17 @@ class World:
             monkeypatch.setattr(plugin_connector, "build_offloading_config", lambda *args: made)
             return TritonOffloadingConnector(self.config, role, cache_config(groups))
 
-        self.scheduler = make(0, KVConnectorRole.SCHEDULER)
+        # In vLLM's order: the scheduler when all ranks have their workers.
         self.ranks = [make(rank, KVConnectorRole.WORKER) for rank in range(ranks)]
         self.caches = [random_caches(rank) for rank in range(ranks)]
         for connector, caches in zip(self.ranks, self.caches, strict=True):
             del caches.group_data_refs[groups:]
             connector.connector_worker._init_worker(caches)
         self.workers = [connector.connector_worker.worker for connector in self.ranks]
+        self.scheduler = make(0, KVConnectorRole.SCHEDULER)
         self.manager = self.scheduler.connector_scheduler.manager
+        #: of the pool, where there are tiers, too
+        self.primary = getattr(self.manager, "primary_tier", self.manager)
         self._aggregator = KVOutputAggregator(ranks)
 
     def close(self) -> None:
@@ -207,10 +212,18 @@ class World:
 
     def store(self, request: Any, first: int = 0) -> KVConnectorOutput:
         """The request runs, and what it stores ends."""
-        self.scheduler.on_new_request(request)
-        assert self.hit_tokens(request) == 0
+        assert self.begin(request) == 0
         self.step([(request, first)])
         return self.settle()
+
+    def begin(self, request: Any) -> int:
+        """A new request; how many of its tokens are there to load, when tiers have answered too."""
+        self.scheduler.on_new_request(request)
+        deadline = time.monotonic() + 60
+        while (tokens := self.hit_tokens(request)) is None:
+            assert time.monotonic() < deadline, "a tier did not answer"
+            self.step()
+        return tokens
 
     def block_ids(self, request: Any, first: int) -> tuple[list[int], ...]:
         return _block_ids(request, first)[: self.groups]
@@ -223,8 +236,7 @@ class World:
 
     def begin_load(self, request: Any, first: int = 0) -> int:
         """A new request is given blocks, and a job that loads them in the next step."""
-        self.scheduler.on_new_request(request)
-        tokens = self.hit_tokens(request)
+        tokens = self.begin(request)
         assert tokens
         ids = self.block_ids(request, first)
         blocks = KVCacheBlocks(tuple([KVCacheBlock(i) for i in group] for group in ids))
@@ -247,7 +259,7 @@ class World:
 
     def check(self) -> None:
         """Every slot is free or one chunk's, and no chunk is used by a transfer."""
-        manager = self.manager
+        manager = self.primary
         chunks = [manager._policy.get(key) for key in self._all_keys()]
         slots = [chunk.chunk_id for chunk in chunks] + list(manager._free_list)
         assert sorted(slots) == list(range(manager._num_allocated_chunks))
@@ -256,7 +268,7 @@ class World:
         assert all(chunk.ref_cnt == 0 for chunk in chunks)
 
     def _all_keys(self) -> list[Any]:
-        policy = self.manager._policy
+        policy = self.primary._policy
         tables = [getattr(policy, name, {}) for name in ("chunks", "t1", "t2")]
         return [key for table in tables for key in table]
 

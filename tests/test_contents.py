@@ -19,10 +19,10 @@ PADDED = 3
 class Slots:
     """Slots of two blocks each; all stores are of the same few slots."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options) -> None:
         tensors = [torch.zeros((16, 8), dtype=torch.uint8), torch.zeros((16, 4), dtype=torch.uint8)]
         self.layout = CacheLayout(tensors, 2, GROUPS)
-        self.contents = SlotContents(self.layout, 8)
+        self.contents = SlotContents(self.layout, 8, **options)
 
     def store(self, group: int, slots=(2, 3, 4), *, first=0, count=None, fresh=True) -> SlotMarks:
         marks = self.contents.store(self.run(group, slots, first, count, fresh))
@@ -51,8 +51,8 @@ def test_bytes_of_several_groups_are_cleared_by_every_fresh_store():
     slots = Slots()
     slots.store(1)
     assert slots.store(2, fresh=False).stale == ()  # keeps group 1's
-    assert slots.store(0).stale == (0, 1, 2)
-    assert slots.store(0).stale == ()
+    assert slots.store(1).stale == (0, 1, 2)
+    assert slots.store(1).stale == ()
 
 
 def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
@@ -64,11 +64,30 @@ def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
 
 def test_only_the_slots_of_a_failed_store_are_in_doubt():
     slots = Slots()
-    slots.store(0, (0, 1, 2, 3, 4))
-    slots.contents.doubt([slots.run(0, (1, 3)), slots.run(0, (4,))])
+    slots.store(1, (0, 1, 2, 3, 4))
+    slots.contents.doubt([slots.run(1, (1, 3)), slots.run(1, (4,))])
     slots.contents._check()
-    assert slots.store(0, (0, 1, 2, 3, 4)).stale == (1, 3, 4)
-    assert slots.store(0, (0, 1, 2, 3, 4)).stale == ()
+    assert slots.store(1, (0, 1, 2, 3, 4)).stale == (1, 3, 4)
+    assert slots.store(1, (0, 1, 2, 3, 4)).stale == ()
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_what_others_wrote_is_cleared_but_where_a_chunk_is_all_of_its_slot(group):
+    slots = Slots(other_writers=True)
+    for _ in range(2):  # after a store they may write again
+        assert slots.store(group).stale == (() if group == 0 else (0, 1, 2))
+    assert slots.store(group, first=1, count=4).unfilled == (0, 2)
+    assert slots.store(group).stale == (() if group == 0 else (0, 1, 2))
+
+
+def test_a_chunk_of_padded_pages_is_never_all_of_its_slot():
+    tensors = [torch.zeros((16, 8), dtype=torch.uint8)]
+    padded, whole = ([[(0, size)]] for size in (5, 8))
+    for groups, stale in ((padded, (0,)), (whole, ())):
+        layout = CacheLayout(tensors, 1, groups)
+        pages, slot = GPULoadStoreSpec([3], [1], [0]), CPULoadStoreSpec([2], True)
+        (run,) = layout.plan(Direction.STORE, pages, slot, 8)
+        assert SlotContents(layout, 8, other_writers=True).store(run).stale == stale
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from page_cases import CASES, SMALL, Case, Move, Tensor, check, noise
 
 from triton_offload.device import host_pages
 from triton_offload.kernels import pages, reference
+from triton_offload.kernels.fragments import Fragment, fragment_table
 from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import KernelConfig
 
@@ -178,6 +179,53 @@ class TestBytes:
                 packed[:, run.packed_offset : run.packed_offset + run.num_bytes],
                 slots[:, run.slot_offset : run.slot_offset + run.num_bytes],
             )
+
+    @pytest.mark.parametrize("cut", [(64, 32), (24, 40), (7, 5)])
+    @pytest.mark.parametrize("span", [1, 3])
+    def test_moves_fragments_to_places_of_their_own_in_full_and_in_packed_slots(
+        self, move: Move, span: int, cut: tuple[int, int]
+    ) -> None:
+        caches = [noise(6 * sum(cut), seed)[: 6 * sum(cut)].view(6, -1) for seed in (1, 2)]
+        whole = PageTable(caches, blocks_per_chunk=span)
+        room = 3 * sum(cut)
+        # The second part of a page before the first, between what others have there.
+        parts = [
+            Fragment(t, begin, size, place)
+            for t in range(2)
+            for begin, size, place in ((0, cut[0], room - cut[0] - 1), (cut[0], cut[1], 3))
+        ]
+        table = fragment_table(whole, [room, room], parts)
+        blocks, first = [4, 2, 5, 0], 1 % span
+        num_slots = -(-(first + len(blocks)) // span)
+        slots = torch.full((num_slots, table.slot_bytes), 0xA5, dtype=torch.uint8)
+        expected = slots.clone()
+        for place, block in enumerate(blocks, start=first):
+            slot, position = divmod(place, span)
+            for part in parts:
+                begin = (part.tensor * span + position) * room + part.place
+                page = caches[part.tensor][block]
+                cut_out = page[part.page_offset : part.page_offset + part.num_bytes]
+                expected[slot, begin : begin + part.num_bytes] = cut_out
+        move("gather", table, blocks, slots, None, first)
+        assert torch.equal(slots, expected)
+
+        packed = table.packed()
+        assert packed.slot_bytes == 2 * span * sum(cut)
+        staging = torch.full((num_slots, packed.slot_bytes), 0xA5, dtype=torch.uint8)
+        move("gather", packed, blocks, staging, None, first)
+        for run in table.byte_ranges:
+            assert torch.equal(
+                staging[:, run.packed_offset : run.packed_offset + run.num_bytes],
+                slots[:, run.slot_offset : run.slot_offset + run.num_bytes],
+            )
+        before = [cache.clone() for cache in caches]
+        for cache in caches:
+            cache.fill_(0x5A)
+        targets = [1, 3, 0, 2]
+        move("scatter", packed, targets, staging, None, first)
+        for cache, old in zip(caches, before, strict=True):
+            assert torch.equal(cache[targets], old[blocks])
+            assert bool((cache[[4, 5]] == 0x5A).all())
 
 
 class TestTheKernels:

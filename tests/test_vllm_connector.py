@@ -379,7 +379,7 @@ def test_a_reset_makes_failures_under_way_stale(world: World) -> None:
     told = SimpleNamespace(kv_connector_worker_meta=_failed(job))
     world.scheduler.update_connector_output(told)
     assert not scheduler._failed_jobs
-    assert not scheduler._lost._keys
+    assert not scheduler._lost._chunks
 
 
 def test_a_reset_forgets_what_was_to_be_dropped(world: World) -> None:

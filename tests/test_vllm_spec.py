@@ -777,7 +777,10 @@ _REFUSED = [
             ({"staging_bytes": 0}, "staging_bytes: expected at least 1, got 0"),
         )
     ),
-    ({"canonical_layout": True}, f"{_SUPPORT}.*canonical_layout=True"),
+    (
+        {"canonical_layout": True},
+        "canonical_layout: expected false, .*TritonTieringOffloadingSpec has, got True",
+    ),
     ({"extra_config": {"cpu_bytes_to_use": 100}}, "at least one chunk of 4096 bytes, got 100"),
     ({"extra_config": {"cpu_bytes_to_use": 0}}, "at least one chunk, got 0"),
 ]
@@ -947,8 +950,8 @@ def test_caches_that_do_not_fit_their_slot_and_unknown_paths_are_refused(caches:
 def test_all_of_this_holds_on_the_other_supported_vllm() -> None:
     if not _OTHER_VLLM.exists():
         pytest.skip(f"no Python files of vLLM 0.33 in {_OTHER_VLLM} (`make test` puts them there)")
-    others = ("test_vllm_connector.py", "test_vllm_layouts.py")
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
+    others = ("canonical", "connector", "layouts", "tiers")
+    files = [__file__, *(str(Path(__file__).with_name(f"test_vllm_{name}.py")) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         [*command, "-k", "not other_supported"],

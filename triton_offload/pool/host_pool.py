@@ -37,6 +37,8 @@ class HostPool:
         self.notes: tuple[str, ...] = ()
         #: copies must not cross a multiple of this many slots: each piece is pinned on its own
         self.piece_slots = self.num_slots
+        #: whether others write to slots between two jobs: nobody knows what they held last
+        self.has_other_writers = False
         self._slots: torch.Tensor | None = slots
         self._pinned = pinned
         self._preparation: Preparation | None = None

@@ -32,7 +32,7 @@ def create(path: str, num_bytes: int, num_ranks: int, timeout: float) -> mmap.mm
         _wait_for_all(handle, path, num_bytes, num_ranks, time.monotonic() + timeout)
         return memory
     finally:
-        _unlink(handle, path)
+        unlink(handle, path)
         os.close(handle)
 
 
@@ -55,7 +55,7 @@ def join(path: str, num_bytes: int, num_ranks: int, timeout: float) -> mmap.mmap
             os.write(handle, b"\0")
             _wait_for_all(handle, path, num_bytes, num_ranks, time.monotonic() + timeout)
         finally:
-            _unlink(handle, path)
+            unlink(handle, path)
         return memory
     finally:
         os.close(handle)
@@ -124,8 +124,8 @@ def _pause(deadline: float, what: str) -> None:
     time.sleep(_POLL_SECONDS)
 
 
-def _unlink(handle: int, path: str) -> None:
-    """Take the name away, unless it stands for another file by now."""
+def unlink(handle: int, path: str) -> None:
+    """Take the name of an open file away, unless it stands for another file, or none, by now."""
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(handle), os.lstat(path)):
             os.unlink(path)

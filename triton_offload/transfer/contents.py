@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from triton_offload.transfer.layout import CacheLayout, GroupRun
+from triton_offload.transfer.layout import CacheLayout, GroupLayout, GroupRun
 
 # What a slot holds beside a group's chunk, counted from the end of a list with one entry per group:
 # zeros, as a pool begins, and bytes that nobody answers for: of several groups (only stores that
-# keep bytes leave that), or what a failed store left.
+# keep bytes leave that), or what a failed store or another writer left.
 _ZEROS, _MIXED = -1, -2
 
 
@@ -30,14 +30,18 @@ class SlotMarks(NamedTuple):
 
 
 class SlotContents:
-    """Whose chunk each slot holds, by what was queued so far. Its user holds the lock."""
+    """Whose chunk each slot holds, by what was queued so far. Its user holds the lock.
 
-    def __init__(self, layout: CacheLayout, num_slots: int) -> None:
+    `other_writers`: there are others who write to slots, so that nobody knows, ever.
+    """
+
+    def __init__(self, layout: CacheLayout, num_slots: int, *, other_writers: bool = False) -> None:
         # The group whose chunk each slot holds, or one of the two above.
-        self._holder = np.full(num_slots, _ZEROS, dtype=np.int64)
+        self._holder = np.full(num_slots, _MIXED if other_writers else _ZEROS, dtype=np.int64)
+        self._knows = not other_writers
         # [group, holder]: whether a store of a whole chunk of the group leaves a byte of what the
         # slot held; the last two columns are those of _MIXED and _ZEROS.
-        edges = np.tile(np.array([True, False]), (len(layout.groups), 1))
+        edges = np.array([[not _fills(group, layout), False] for group in layout.groups])
         self._leaves = np.hstack([layout.leaves_stale, edges])
 
     def store(self, run: GroupRun) -> SlotMarks:
@@ -47,11 +51,11 @@ class SlotContents:
         stale = self._leaves[group][holder]
         all_fresh = run.fresh is not None and np.count_nonzero(run.fresh) == len(holder)
         if all_fresh and not partial and not run.group.has_gaps:
-            self._holder[run.slot_ids] = group  # the common store: whole chunks in fresh slots
+            self._hold(run, group)  # the common store: whole chunks in fresh slots
             return SlotMarks(stale=_places(stale))
         fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
         alone = fresh | (holder == _ZEROS) | (holder == group)
-        self._holder[run.slot_ids] = np.where(alone, group, _MIXED)
+        self._hold(run, np.where(alone, group, _MIXED))
         return SlotMarks(
             kept=_places(~fresh)
             if run.group.has_gaps
@@ -60,6 +64,10 @@ class SlotContents:
             stale=_places(fresh & stale),
         )
 
+    def _hold(self, run: GroupRun, holder: npt.ArrayLike) -> None:
+        if self._knows:
+            self._holder[run.slot_ids] = holder
+
     def doubt(self, runs: Iterable[GroupRun]) -> None:
         """A store of these runs failed: who knows what it wrote, or did not clear."""
         for run in runs:
@@ -67,6 +75,13 @@ class SlotContents:
 
     def _check(self) -> None:
         assert ((self._holder >= _MIXED) & (self._holder < len(self._leaves))).all()
+
+
+def _fills(group: GroupLayout, layout: CacheLayout) -> bool:
+    """Whether a whole chunk of the group is all that the layout has of its slot."""
+    covered = sum(part.num_bytes for part in group.byte_ranges)
+    own = layout.own_ranges or ((0, layout.slot_bytes),)
+    return covered == sum(size for _, size in own) and not group.has_gaps
 
 
 def _places(flags: npt.NDArray[np.bool_]) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ class LaneStreams:
         self.device = device
         self.pool = pool
         self.direction = direction
+        self._own_ranges = layout.own_ranges or ((0, pool.slot_bytes),)
         self._ring = StagingRing(device, num_buffers, buffer_bytes)
         self._zeros = device.empty(min(_ZEROS_BYTES, pool.slot_bytes))
         self._places = device.empty_indices(
@@ -160,11 +161,12 @@ class LaneStreams:
         return ops
 
     def clear(self, segment: Segment, stream: Stream, chunks: tuple[int, ...]) -> int:
-        """Zero whole slots in the pool, so that no byte of an earlier chunk stays readable."""
+        """Zero what is ours of these slots, so that no byte of an earlier chunk stays readable."""
         pairs: list[Pair] = []
         for chunk in dict.fromkeys(chunks):
             slot = self.pool.slots[int(segment.run.slot_ids[chunk])]
-            pairs.extend(zeros_over(slot, self._zeros))
+            for offset, size in self._own_ranges:
+                pairs.extend(zeros_over(slot[offset : offset + size], self._zeros))
         for part, zeros in pairs:
             self.device.copy(part, zeros, stream)
         return len(pairs)

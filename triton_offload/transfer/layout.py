@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from triton_offload.kernels.arguments import shown
-from triton_offload.kernels.table import ByteRange, PageTable, check_ids
+from triton_offload.kernels.fragments import Fragment, fragment_table
+from triton_offload.kernels.table import ByteRange, PageTable, check_ids, merged_ranges
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 
 KVCaches: TypeAlias = Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -45,7 +46,7 @@ class GroupLayout:
             for page in table.pages
         ]
         columns = np.array(rows, dtype=np.int64).T.copy()
-        gaps = bool((columns[4] != columns[2]).any())
+        gaps = any(row.pitch != row.page_bytes and not row.is_fragment for row in table.pages)
         ranges = [(r.slot_offset, r.packed_offset, r.num_bytes) for r in table.byte_ranges]
         range_columns = np.array(ranges, dtype=np.int64).T.copy()
         packed = table.packed()
@@ -96,10 +97,36 @@ class CacheLayout:
         layout._fill(table, refs)
         return layout
 
+    @classmethod
+    def in_fragments(
+        cls,
+        kv_caches: KVCaches,
+        blocks_per_chunk: int,
+        place_bytes: Sequence[int],
+        groups: Sequence[Sequence[Fragment]],
+    ) -> CacheLayout:
+        """The layout of one of several that fill slots together, its pages cut into fragments.
+
+        `place_bytes`: what a block has of a slot in all, for each tensor. `groups[g]`: the
+        fragments of the group's pages (see `fragment_table`). Of a slot only those are touched.
+        """
+        table = PageTable(kv_caches, blocks_per_chunk, name="kv_caches")
+        tables = [
+            fragment_table(table, place_bytes, group, name=f"groups[{g}]")
+            for g, group in enumerate(groups)
+        ]
+        members: list[dict[int, int]] = [{} for _ in groups]
+        for pages, group in zip(members, groups, strict=True):
+            for each in group:
+                pages[each.tensor] = pages.get(each.tensor, 0) + each.num_bytes
+        layout = cls.__new__(cls)
+        layout._take(table, tables, members)
+        own = merged_ranges((row for each in tables for row in each.pages), blocks_per_chunk)
+        layout.own_ranges = tuple((part.slot_offset, part.num_bytes) for part in own)
+        layout.leaves_stale = ~np.eye(len(groups), dtype=np.bool_)
+        return layout
+
     def _fill(self, table: PageTable, groups: Sequence[Sequence[tuple[int, int]]] | None) -> None:
-        self.blocks_per_chunk = table.blocks_per_chunk
-        self.slot_bytes = table.slot_bytes
-        self.device = table.device
         if groups is None:
             tables = [table]
             members = [{i: page.page_bytes for i, page in enumerate(table.pages)}]
@@ -115,6 +142,16 @@ class CacheLayout:
                 if len(pages) != len(group):
                     twice = [i for i, _ in group]
                     raise ValueError(f"groups[{g}]: expected each tensor once, got {twice}")
+        self._take(table, tables, members)
+
+    def _take(
+        self, table: PageTable, tables: list[PageTable], members: list[dict[int, int]]
+    ) -> None:
+        self.blocks_per_chunk = table.blocks_per_chunk
+        self.slot_bytes = tables[0].slot_bytes
+        self.device = table.device
+        #: (offset, bytes) of what is this layout's of a slot; None: all of it
+        self.own_ranges: tuple[tuple[int, int], ...] | None = None
         self.groups = tuple(GroupLayout.of(i, table) for i, table in enumerate(tables))
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(

@@ -90,7 +90,7 @@ class Pipeline:
         buffer_bytes = max(
             options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
         )
-        contents = SlotContents(layout, pool.num_slots)
+        contents = SlotContents(layout, pool.num_slots, other_writers=pool.has_other_writers)
         # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
         self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in LANES}
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in LANES}

@@ -5,9 +5,10 @@
       "spec_module_path": "triton_offload.vllm", "cpu_bytes_to_use": 8589934592}}'
 
 Every option of vLLM's `CPUOffloadingSpec` applies; `path` ("auto", "staged", "zero_copy" or
-"copy_engine"), `calibration` ("auto", "off" or a file) and `staging_bytes` are ours. With vLLM's
-connector a failed transfer ends the engine, with `TritonOffloadingConnector` it does not:
-docs/vllm.md. The only part of this package that imports vllm at its top.
+"copy_engine"), `calibration` ("auto", "off" or a file) and `staging_bytes` are ours.
+`TritonTieringOffloadingSpec` takes vLLM's `secondary_tiers`, too. With vLLM's connector a failed
+transfer ends the engine, with `TritonOffloadingConnector` it does not: docs/vllm.md. The only part
+of this package that imports vllm at its top.
 """
 
 from triton_offload.vllm.versions import SUPPORT, require_version
@@ -17,6 +18,7 @@ try:
 
     from triton_offload.vllm.connector import TritonOffloadingConnector
     from triton_offload.vllm.spec import TritonOffloadingSpec
+    from triton_offload.vllm.tiering_spec import TritonTieringOffloadingSpec
     from triton_offload.vllm.worker import TritonOffloadingWorker
 except ImportError as _error:
     raise ImportError(f"{SUPPORT}; this one lacks what they have: {_error}") from _error
@@ -27,5 +29,6 @@ __all__ = [
     "TritonOffloadingConnector",
     "TritonOffloadingSpec",
     "TritonOffloadingWorker",
+    "TritonTieringOffloadingSpec",
     "require_version",
 ]

@@ -19,6 +19,7 @@ from triton_offload.vllm.connector_scheduler import TritonConnectorScheduler
 from triton_offload.vllm.connector_worker import TritonConnectorWorker
 from triton_offload.vllm.metrics import WorkerMetrics
 from triton_offload.vllm.spec import TritonOffloadingSpec
+from triton_offload.vllm.tiering_spec import TritonTieringOffloadingSpec
 
 
 class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # vllm is untyped
@@ -79,11 +80,13 @@ def _check(config: Any) -> None:
         )
     extra = config.kv_connector_extra_config
     if "spec_name" not in extra:
-        extra["spec_name"] = TritonOffloadingSpec.__name__
+        tiers = extra.get("secondary_tiers")
+        named = TritonTieringOffloadingSpec if tiers else TritonOffloadingSpec
+        extra["spec_name"] = named.__name__
         extra["spec_module_path"] = "triton_offload.vllm"
     spec = OffloadingSpecFactory.get_spec_cls(extra)
     if not issubclass(spec, TritonOffloadingSpec):
         raise ValueError(
-            "spec_name: expected TritonOffloadingSpec, or nothing, beside "
-            f"TritonOffloadingConnector, got {extra['spec_name']!r}"
+            "spec_name: expected TritonOffloadingSpec, TritonTieringOffloadingSpec, or nothing, "
+            f"beside TritonOffloadingConnector, got {extra['spec_name']!r}"
         )

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 )
 
 from triton_offload.specs import Direction
+from triton_offload.vllm.failed_stores import FailedStores
 from triton_offload.vllm.lost_chunks import LostChunks
 from triton_offload.vllm.metrics import LOST_CHUNKS, RECOMPUTED_REQUESTS
 from triton_offload.vllm.worker_metadata import TritonWorkerMetadata
@@ -27,6 +28,7 @@ class TritonConnectorScheduler(OffloadingConnectorScheduler):  # type: ignore[mi
         super().__init__(spec, vllm_config, kv_cache_config)
         self._failed_jobs: set[int] = set()  # that not all ranks have reported yet
         self._lost = LostChunks(self.manager)
+        self._failed_stores = FailedStores(self.manager)
 
     def update_connector_output(self, connector_output: Any) -> None:
         meta = connector_output.kv_connector_worker_meta
@@ -63,8 +65,7 @@ class TritonConnectorScheduler(OffloadingConnectorScheduler):  # type: ignore[mi
     def _end_failed_job(self, job: Any) -> None:
         request = self._req_status[job.req_id]
         if job.is_store:
-            # vLLM completes it as a success next, which does nothing for keys that are gone.
-            self.manager.complete_store(job.keys, request.req_context, success=False)
+            self._failed_stores.add(job.keys)
             self._count_lost(Direction.STORE, len(job.keys))
             return
         self._lost.add(job.keys)

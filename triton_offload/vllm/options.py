@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from triton_offload.calibration import Path
@@ -19,29 +19,30 @@ _VLLMS = {
     *("offload_prompt_only", "self_describing_kv_events", "canonical_layout", "secondary_tiers"),
 }
 _SINCE_0_33 = {"sync_load_budget_bytes"}
+# And of TieringOffloadingSpec.
+_TIERING = {"backpressure"}
+_TIERING_SINCE_0_33 = {"tier_poll_interval_s"}
 _FLAGS = ("offload_prompt_only", "self_describing_kv_events", "canonical_layout")
 _NUMBERS = ("block_size", "blocks_per_chunk", "store_threshold", "max_tracker_size")
 
 
 def read_options(
-    extra: Mapping[str, Any], version: str, policies: Collection[str]
+    extra: Mapping[str, Any], version: str, policies: Collection[str], *, tiering: bool = False
 ) -> dict[str, Any]:
     """The options with sizes in bytes. `extra` stays as it is.
 
-    `policies`: the eviction policies that vLLM `version` knows by name. Raises ValueError that
-    names the option and, where one is like it, the key or value that was probably meant.
+    `policies`: the eviction policies that vLLM `version` knows by name. `tiering`: of the spec that
+    has tiers; what they say of themselves is not looked at. Raises ValueError that names the option
+    and, where one is like it, the key or value that was probably meant.
     """
     options = dict(extra)
-    known = _OURS | _VLLMS | (set() if version.startswith("0.32") else _SINCE_0_33)
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"kv_connector_extra_config: expected one of {sorted(known)} (vLLM {version}), "
-                f"got {shown(key)}{_meant(key, known)}"
-            )
-    _check_choice(options, "path", ["auto", *(path.value for path in Path)])
+    known = _OURS | _VLLMS | (_TIERING if tiering else set())
+    if not version.startswith("0.32"):
+        known |= _SINCE_0_33 | (_TIERING_SINCE_0_33 if tiering else set())
+    check_keys("kv_connector_extra_config", options, known, f" (vLLM {version})")
+    check_choice(options, "path", ["auto", *(path.value for path in Path)])
     if not options.get("cache_policy_module_path"):  # else it is a class of the user's
-        _check_choice(options, "eviction_policy", policies)
+        check_choice(options, "eviction_policy", policies)
     for name in _FLAGS:
         value = options.get(name, False)
         if not isinstance(value, bool):  # vLLM takes "false" for true
@@ -58,7 +59,19 @@ def read_options(
     return options
 
 
-def _check_choice(options: Mapping[str, Any], name: str, choices: Collection[str]) -> None:
+def check_keys(name: str, given: Iterable[Any], known: Collection[str], note: str = "") -> None:
+    """Raise ValueError where a key of `name` is not known."""
+    for key in given:
+        if key not in known:
+            near = _meant(key, known)
+            raise ValueError(
+                f"{name}: expected one of {sorted(known)}{note}, got {shown(key)}{near}"
+            )
+
+
+def check_choice(options: Mapping[str, Any], name: str, choices: Collection[str]) -> None:
+    """Raise ValueError where `name` is none of `choices`, of which the first is what it is unless
+    given."""
     value = options.get(name, next(iter(choices)))
     if value not in choices:
         near = _meant(value, choices)

@@ -9,7 +9,7 @@ import itertools
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm
@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from triton_offload.closing import Closing
 from triton_offload.device import Device, device_for
+from triton_offload.pool import shared_memory
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory, check_room
 from triton_offload.transfer.layout import CacheLayout
@@ -40,28 +41,40 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     """vLLM's CPU offloading with this package's transfers.
 
     Manager, eviction policies, metrics and sizes are inherited. On CUDA the pool is vLLM's shared
-    region in vLLM's own slot format, so that what reads the region (tiers) reads ours too. Raises
-    ValueError for what is not supported, as early as the engine builds the spec.
+    region in vLLM's own slot format. Raises ValueError for what is not supported, as early as the
+    engine builds the spec.
     """
+
+    #: whether tiers read and write the pool, too: the scheduler maps the region by its name
+    has_tiers: ClassVar[bool] = False
 
     _worker: Any
 
     def __init__(self, config: Any) -> None:
-        if getattr(config, "canonical_layout", False):
-            raise ValueError(f"{SUPPORT}; got canonical_layout=True")
+        if config.canonical_layout and not self.has_tiers:
+            raise ValueError(
+                "canonical_layout: expected false, for TritonOffloadingSpec has no tiers that "
+                "other engines read, and TritonTieringOffloadingSpec has, got True"
+            )
         if not (current_platform.is_cuda() or current_platform.is_cpu()):
             raise ValueError(f"{SUPPORT}; got the platform {current_platform.device_name!r}")
-        if config.extra_config.get("secondary_tiers"):
+        if config.extra_config.get("secondary_tiers") and not self.has_tiers:
             # They would read a region that is not the one the workers write.
             raise ValueError(
                 "secondary_tiers: expected none, for TritonOffloadingSpec moves chunks between "
-                f"device and host memory only, got {config.extra_config['secondary_tiers']!r}"
+                "device and host memory only, and TritonTieringOffloadingSpec on to tiers, "
+                f"got {config.extra_config['secondary_tiers']!r}"
             )
-        extra = read_options(config.extra_config, vllm.__version__, CachePolicyFactory._registry)
+        extra = read_options(
+            config.extra_config,
+            vllm.__version__,
+            CachePolicyFactory._registry,
+            tiering=self.has_tiers,
+        )
         config = dataclasses.replace(config, extra_config=extra)
         # One copy a rank is right for replicated (MLA) caches too, and needs no writer election.
-        # It has to be said before the sizes are worked out.
-        if getattr(config, "replicated_layout", False):
+        # It has to be said before the sizes are worked out. Canonical chunks are those of all.
+        if config.replicated_layout and not config.canonical_layout:
             config = dataclasses.replace(config, replicated_layout=False)
         super().__init__(config)
         if self.num_chunks < 1:
@@ -88,12 +101,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
-        layout = _layout(kv_caches, self.blocks_per_chunk)
-        if layout.slot_bytes > self.cpu_page_size_per_worker:
-            raise ValueError(
-                f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
-                f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
-            )
+        layout = self._lay_out(kv_caches)
         resources = Closing()
         try:
             with torch.inference_mode(False):  # threads that are not in it will write to the pool
@@ -104,6 +112,21 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             resources.close()
             raise
 
+    def _lay_out(self, kv_caches: Any) -> CacheLayout:
+        """Where the pages lie in a slot, which is this rank's alone."""
+        layout = _layout(kv_caches, self.blocks_per_chunk)
+        if layout.slot_bytes > self.cpu_page_size_per_worker:
+            raise ValueError(
+                f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
+                f"(cpu_page_size_per_worker), got {layout.slot_bytes}"
+            )
+        return layout
+
+    def _map_slots(self, region: Any, layout: CacheLayout) -> torch.Tensor:
+        """int8 [chunks, bytes]: the slots of the layout in vLLM's region."""
+        slots: torch.Tensor = region.create_next_worker_view(self.cpu_page_size_per_worker)
+        return slots
+
     def _make_worker(self, layout: CacheLayout, resources: Closing) -> TritonOffloadingWorker:
         path, staging = (
             self.extra_config.get("path", "auto"),
@@ -111,7 +134,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         )
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
-        pool = self._create_pool(device, resources)
+        pool = self._create_pool(device, layout, resources)
         if staging is None:
             queue = transfer_queue(layout, pool, path, None, calibration)
         else:
@@ -121,7 +144,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         resources.callback(queue.shutdown)
         return TritonOffloadingWorker(queue, pool, resources)
 
-    def _create_pool(self, device: Device, resources: Closing) -> HostPool:
+    def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
         if not self._uses_shared_region():
             try:
                 pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
@@ -133,29 +156,39 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         region = self._create_region()
         resources.callback(_release, region)
         if PIN_MEMORY:
-            _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=True)
-        slots = region.create_next_worker_view(self.cpu_page_size_per_worker)
-        pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=region.is_pinned)
+            alone = not self.config.canonical_layout
+            _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=alone)
+        slots = self._map_slots(region, layout)
+        # What a CPU computes with needs no pinning.
+        pinned = region.is_pinned or current_platform.is_cpu()
+        pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=pinned)
         resources.callback(pool.close)
         pool.piece_slots = _pinned_rows(region, self.kv_bytes_per_chunk)
+        pool.has_other_writers = self.has_tiers
         return pool
 
     def _create_region(self) -> Any:
-        num_bytes = self.num_chunks * self.kv_bytes_per_chunk
-        check_memory("cpu_bytes_to_use", num_bytes)
-        check_room("cpu_bytes_to_use", num_bytes, "/dev/shm")
         with suppress(OSError):  # an engine starts without that, too
             remove_stale_regions(self.config.engine_id)
+        # With a barrier it takes its name away when all ranks have it, and the scheduler, which
+        # comes after them, would make another. Nor does the scheduler know of several files.
+        alone = not self.has_tiers
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
             num_chunks=self.num_chunks,
-            rank=self.config.parallel.rank,
+            rank=0 if self.replicated_layout else self.config.parallel.rank,
             kv_bytes_per_chunk=self.kv_bytes_per_chunk,
             cpu_page_size=self.cpu_page_size_per_worker,
-            barrier=vllm_spec._all_workers_barrier,
-            num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1),  # since 0.33
+            barrier=vllm_spec._all_workers_barrier if alone else None,
+            creator_memory_check=_check_there_is_memory,  # others may have taken it by now
+            num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1) if alone else 1,  # since 0.33
         )
+
+
+def _check_there_is_memory(num_bytes: int) -> None:
+    check_memory("cpu_bytes_to_use", num_bytes)
+    check_room("cpu_bytes_to_use", num_bytes, "/dev/shm")
 
 
 def _check_stages(config: Any) -> None:
@@ -203,20 +236,28 @@ def _release(region: Any) -> None:
     # vLLM unmaps its region, which it can't while a tensor of ours, held by a cycle of the objects
     # that were just shut down, exports that memory.
     gc.collect()
+    if region.fd is not None:
+        # Where nobody has taken the name away yet. vLLM would take it from another file, too.
+        shared_memory.unlink(region.fd, region.mmap_path)
+        region._creator = False
     region.cleanup()
 
 
-def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
-    tensors = [
+def tensors_of(kv_caches: Any) -> list[torch.Tensor]:
+    """The caches of vLLM's CanonicalKVCaches as int8 [blocks, page bytes]."""
+    return [
         cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes) for cache in kv_caches.tensors
     ]
+
+
+def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
     groups = []
     for refs in kv_caches.group_data_refs:
         pages: dict[int, int] = {}
         for ref in refs:  # layers that share one cache name its tensor several times
             pages[ref.tensor_idx] = max(pages.get(ref.tensor_idx, 0), ref.page_size_bytes)
         groups.append(list(pages.items()))
-    return CacheLayout(tensors, blocks_per_chunk, groups)
+    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups)
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:

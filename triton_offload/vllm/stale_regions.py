@@ -29,6 +29,11 @@ _CLOCK_SECONDS = 0.1  # what the clocks of files and of processes may differ by
 _Identity = tuple[int, int]
 
 
+def region_file(engine_id: str) -> Path:
+    """vLLM's name of the region of an engine; of the first file, where it has several."""
+    return Path(f"/dev/shm/vllm_offload_{engine_id}.mmap")
+
+
 def remove_stale_regions(
     engine_id: str, folder: Path = Path("/dev/shm"), proc: Path = Path("/proc")
 ) -> list[Path]:

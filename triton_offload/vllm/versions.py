@@ -5,7 +5,7 @@ from __future__ import annotations
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 SUPPORT = (
     f"triton_offload.vllm supports vLLM {' and '.join(SUPPORTED_VERSIONS)} "
-    "on CUDA and on vLLM's CPU platform, without canonical_layout"
+    "on CUDA and on vLLM's CPU platform"
 )
 
 
