@@ -34,7 +34,7 @@ LAYERS = [
     {"pool.preparation"},
     {"pool.host_pool", "transfer.layout"},
     {"transfer.staging", "transfer.ranges", "transfer.contents", "transfer.slot_order"},
-    {"transfer.segment", "transfer.paths"},
+    {"transfer.segment", "transfer.paths", "transfer.layers"},
     {"transfer.lane_streams", "transfer.job"},
     {"transfer.paths.base", "transfer.endings"},
     {"transfer.paths.staged", "transfer.paths.zero_copy", "transfer.paths.copy_engine"},

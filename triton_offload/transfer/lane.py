@@ -143,7 +143,7 @@ class Lane:
     def _queue_job(self, job: Job) -> bool:
         """Queue the job's segments; False where the rest must wait for room."""
         if job.planned is None:
-            job.planned = self._split(job.runs)
+            job.planned = self._split(job)
         while job.error is None:
             job.held = job.held or next(job.planned, None)
             if job.held is None:
@@ -154,11 +154,12 @@ class Lane:
             job.held = None
         return True
 
-    def _split(self, runs: list[GroupRun]) -> Iterator[Planned]:
+    def _split(self, job: Job) -> Iterator[Planned]:
         # What fills a path's two stages is short, and what drains them. A store behind others finds
         # them full; a load is waited for, whatever comes behind it.
         stores = self.direction is Direction.STORE
         fills = stores and not self._in_flight
+        runs = job.runs
         for i, run in enumerate(runs):
             path = self.paths.choose(run)
             most = max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))
@@ -167,6 +168,8 @@ class Lane:
             last = short if not stores and i == len(runs) - 1 else 0
             for part in run.split(most, first, last):
                 yield Planned(path, part)
+            if job.run_of_layer and job.last is not None:  # asked for more: this run is queued
+                job.landed.append(job.last.released)
 
     def _has_room(self, run: GroupRun) -> bool:
         if not self._in_flight:
@@ -347,6 +350,7 @@ class Lane:
         self._doubt(job)
         # Who keeps the job keeps its result, and no memory that was moved.
         job.runs, job.start, job.end, job.last = [], None, None, None
+        job.landed.clear()
         self.finished.append(job)
 
     def _check(self) -> None:
