@@ -24,6 +24,11 @@ from triton_offload.transfer.staging import IndexRing
 # of a batch taken for one; a segment, of `MOST_COPIES` and some more, is admitted uncounted.
 _MAX_QUEUED_OPS = 600
 
+# Whoever submits a load by layers computes the first one next, and should not queue all the others
+# before: those are queued as it waits for layers, and by the feeder. It takes a link of 55 GB/s
+# 1.2 ms, longer than the feeder pauses.
+_LAYERS_AHEAD_BYTES = 64 << 20
+
 
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
@@ -149,7 +154,9 @@ class Lane:
             if job.held is None:
                 # A job of no blocks is an event to record, and room for that is bounded too.
                 return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
-            if not self._has_room(job.held.run) or not self._queue_segment(job, job.held):
+            if not self._has_room(job.held.run) or self._is_far_ahead(job):
+                return False
+            if not self._queue_segment(job, job.held):
                 return False
             job.held = None
         return True
@@ -177,6 +184,10 @@ class Lane:
         if self._window_bytes is not None and self._num_bytes + run.num_bytes > self._window_bytes:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
+
+    def _is_far_ahead(self, job: Job) -> bool:
+        """Whether so much is queued that a load by layers is to leave the caller to its layers."""
+        return bool(job.run_of_layer) and self._num_bytes >= _LAYERS_AHEAD_BYTES
 
     def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.
