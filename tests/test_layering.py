@@ -55,6 +55,7 @@ LAYERS = [
     {"testing"},
     {"testing.engine"},
     {"testing.serving"},
+    {"testing.layered", "testing.prefill"},
     {"tuning.calibration_file", "tuning.fitting", "tuning.rig"},
     {"tuning.machine"},
     {"tuning.calibrate"},

@@ -27,7 +27,7 @@ _MAX_QUEUED_OPS = 600
 # Whoever submits a load by layers computes the first one next, and should not queue all the others
 # before: those are queued as it waits for layers, and by the feeder. It takes a link of 55 GB/s
 # 1.2 ms, longer than the feeder pauses.
-_LAYERS_AHEAD_BYTES = 64 << 20
+LAYERS_AHEAD_BYTES = 64 << 20
 
 
 class Lane:
@@ -187,7 +187,7 @@ class Lane:
 
     def _is_far_ahead(self, job: Job) -> bool:
         """Whether so much is queued that a load by layers is to leave the caller to its layers."""
-        return bool(job.run_of_layer) and self._num_bytes >= _LAYERS_AHEAD_BYTES
+        return bool(job.run_of_layer) and self._num_bytes >= LAYERS_AHEAD_BYTES
 
     def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.
