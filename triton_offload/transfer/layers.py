@@ -66,8 +66,9 @@ class Layers:
             return runs, (max(0, len(runs) - 1),) * len(self)
         bands = self._bands.get(number)
         if bands is None:
-            bands = self._bands[number] = self._make(number)
+            bands = self._make(number)
             prepare(group for groups in bands.groups for group in groups.values())
+            self._bands[number] = bands  # where that raised, it is tried again
         made: list[GroupRun] = []
         last: list[int] = []
         for groups in bands.groups:
