@@ -11,6 +11,7 @@ from triton_offload.calibration import Path
 from triton_offload.offloader import KVOffloader
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+from triton_offload.transfer import layers
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.queue_manager import transfer_queue
@@ -86,7 +87,7 @@ class QueueWorld(FaultWorld):
 
 
 class OffloaderWorld(FaultWorld):
-    """KVOffloader, with room for fewer chunks than there are."""
+    """KVOffloader, with room for fewer chunks than there are; it loads by layers."""
 
     num_slots = 10
 
@@ -151,7 +152,10 @@ class OffloaderWorld(FaultWorld):
 
     def _load(self, group, chunks, blocks, first, expedited):
         keys = [bytes([chunk]) for chunk in chunks]
-        return self.offloader.load(keys, blocks, group=group, expedited=expedited)
+        with patch.object(layers, "LEAST_BYTES", 1):  # a band for each tensor
+            return self.offloader.load(
+                keys, blocks, group=group, expedited=expedited, layers=len(GROUPS[group])
+            )
 
     def _wait(self, jobs, timeout):
         for job in jobs:
@@ -166,7 +170,8 @@ class OffloaderWorld(FaultWorld):
         return [(handles[result.job_id], result) for result in results]
 
     def _follow(self, job):
-        job.handle.wait_on(self.device.compute_stream)
+        for layer in range(len(GROUPS[job.group])):
+            job.handle.wait_on(self.device.compute_stream, layer=layer)
 
 
 LEVELS: dict[str, type[FaultWorld]] = {"queue manager": QueueWorld, "offloader": OffloaderWorld}

@@ -36,7 +36,7 @@ SEAM = tuple(
 EVERY = math.inf
 
 # What raises to whom it is called for; everything else is the job's, or nobody's.
-SUBMITTING = {"capturing", "check_stream", "current_stream", "new_event", "record"}
+SUBMITTING = {"capturing", "check_stream", "current_stream", "new_event", "prepare", "record"}
 WAITING = {"monotonic", "sleep"}
 
 PAGES = (16, 8, 9)  # bytes, of each tensor

@@ -27,6 +27,7 @@ from triton_offload.specs import (
 )
 from triton_offload.testing import Rates, SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
+from triton_offload.testing.prefill import Prefill
 from triton_offload.testing.schedule import Stream
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
@@ -338,6 +339,16 @@ def _small_copy(options: PipelineOptions, in_turn: bool) -> float:
         waited = device.monotonic() - before
         queue.shutdown()
         return waited
+
+
+def layers_beside_compute(seed: int) -> None:
+    """A load by layers beside a prefill of the same length: whatever the seed, for virtual time
+    has one order."""
+    prefill = Prefill(256 << 20, Path.STAGED)
+    step = prefill.step(by_layers=True)
+    prefill.close()
+    assert step.first_share <= 0.05, f"the first layer starts at {step.first_share:.3f}"
+    assert step.over <= 1.10, f"the step ends at {step.over:.3f} of the longer"
 
 
 def offloader(seed: int) -> None:

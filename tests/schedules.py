@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,7 +16,10 @@ from triton_offload.calibration import Path, PathRule, PathTable
 from triton_offload.specs import Direction, Ids
 from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
+from triton_offload.testing.layered import LayeredEngine
 from triton_offload.testing.serving import ServingEngine
+from triton_offload.transfer import lane as transfer_lane
+from triton_offload.transfer import layers as transfer_layers
 from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.paths import staged
 from triton_offload.transfer.pipeline import PipelineOptions
@@ -36,6 +40,8 @@ HYBRID = CacheShape(
 )
 # Chunks of few bytes, many to a segment: scattered ones leave in batches.
 MANY = CacheShape(tensors=((8, 8), (4, 4)), blocks_per_chunk=1, num_blocks=40, num_slots=20)
+# Five layers, in bands of one, two and two.
+LAYERS = CacheShape(tensors=((8, 8), (4, 4), (6, 8), (4, 4), (6, 6)))
 SINGLE = CacheShape(tensors=((32, 32),), blocks_per_chunk=1)
 
 # Big jobs by the copy engine, loads on mapped memory where they are small: neighbours differ.
@@ -70,6 +76,7 @@ class Configuration:
     buffer_chunks: int = 1
     pinned: bool = True
     deferred: bool = False
+    layers: bool = False
 
     def options(self, slot_bytes: int) -> PipelineOptions:
         fixed = isinstance(self.paths, Path)
@@ -99,6 +106,14 @@ CONFIGURATIONS = {
     "mixed paths": Configuration(CacheShape(), MIXED_PATHS),
     "crossing paths": Configuration(CacheShape(), CROSSING_PATHS),
     "mixed paths, hybrid": Configuration(HYBRID, MIXED_PATHS),
+    "staged, layers": Configuration(LAYERS, Path.STAGED, layers=True),
+    "staged, layers, window": Configuration(LAYERS, Path.STAGED, window_chunks=1, layers=True),
+    "staged, layers, deferred": Configuration(
+        HYBRID, Path.STAGED, pinned=False, deferred=True, layers=True
+    ),
+    "zero copy, layers, odd sizes": Configuration(ODD, Path.ZERO_COPY, layers=True),
+    "copy engine, layers, hybrid": Configuration(HYBRID, Path.COPY_ENGINE, layers=True),
+    "crossing paths, layers": Configuration(LAYERS, CROSSING_PATHS, layers=True),
 }
 
 
@@ -152,6 +167,19 @@ class Rings:
         return counted
 
 
+@contextmanager
+def small_sizes() -> Iterator[None]:
+    """What is of MiB elsewhere is of bytes: one chunk is short, of segments of three and more;
+    every load by layers has three bands; and little of one is queued ahead."""
+    with (
+        patch.object(staged, "SHORT_BYTES", 1),
+        patch.object(transfer_layers, "LEAST_BYTES", 1),
+        patch.object(transfer_layers, "MOST_BANDS", 2),
+        patch.object(transfer_lane, "LAYERS_AHEAD_BYTES", 96),
+    ):
+        yield
+
+
 def run_schedule(configuration: Configuration, seed: int) -> Facts:
     """One schedule in a world of its own; raises AssertionError with the trace."""
     return run_schedules(configuration, range(seed, seed + 1))[0]
@@ -160,15 +188,15 @@ def run_schedule(configuration: Configuration, seed: int) -> Facts:
 def run_schedules(configuration: Configuration, seeds: range) -> list[Facts]:
     """A schedule for each seed, one after the other in one world (building it takes a third of a
     schedule's time). The same range replays them."""
-    short = patch.object(staged, "SHORT_BYTES", 1)  # one chunk, of segments of three and more
-    with SimulatedDevice(seeds[0]) as device, short:
+    with SimulatedDevice(seeds[0]) as device, small_sizes():
         rng = random.Random(seeds[0])
         device.blocks_on_pageable = configuration.deferred
         memory = EngineMemory(device, configuration.shape, pinned=configuration.pinned)
         options = configuration.options(memory.layout.slot_bytes)
         queue = transfer_queue(memory.layout, memory.pool, options=options)
         lanes = rng.choice(LANES)
-        engine = ServingEngine(memory, queue, rng, lanes)
+        made = LayeredEngine if configuration.layers else ServingEngine
+        engine = made(memory, queue, rng, lanes)
         rings = Rings(queue, lanes, staged=configuration.paths is Path.STAGED)
         facts = []
         for seed in seeds:

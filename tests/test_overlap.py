@@ -10,6 +10,7 @@ from triton_offload.calibration import Path
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec
 from triton_offload.testing import SimulatedDevice
+from triton_offload.testing.prefill import Prefill
 from triton_offload.testing.simulated import Rates
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
@@ -140,3 +141,27 @@ def test_a_window_bounds_the_wait_where_the_engine_serves_first_in_first_out(dir
     slack = 20e-6  # each copy's launch
     assert max(unbounded) > 10 * window / 55e9
     assert max(bounded) <= window / 55e9 + slack
+
+
+@pytest.mark.parametrize("path", Path)
+def test_a_model_computes_its_layers_while_they_come(path):
+    """A load of 80 layers beside a prefill of the same length."""
+    prefill = Prefill(256 << 20, path)
+    whole, layered = prefill.step(by_layers=False), prefill.step(by_layers=True)
+    prefill.close()
+    assert whole.first_share >= 0.99
+    assert whole.end >= 0.99 * (whole.load + whole.compute), "without layers, they add up"
+    assert layered.first_share <= 0.05
+    assert layered.over <= 1.10
+
+
+@pytest.mark.parametrize("speed", [0.25, 4])
+def test_layers_come_in_time_for_a_slower_model_and_a_faster_one(speed):
+    """The longer of the two decides: what is hidden of the other is all but its first band, or its
+    last."""
+    prefill = Prefill(256 << 20, Path.STAGED)
+    load = prefill.step(by_layers=True).load
+    step = prefill.step(by_layers=True, layer_seconds=load / 80 / speed)
+    prefill.close()
+    assert step.first_share <= 0.05
+    assert step.over <= 1.05

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, SupportsIndex, TypeAlias
 
 from triton_offload.errors import TransferFailedError
-from triton_offload.kernels.arguments import as_seconds
+from triton_offload.kernels.arguments import as_integer, as_seconds, shown
 from triton_offload.specs import Direction, TransferResult
+
+#: the number of each layer of a load by layers, by what the layer may be called
+LayerNumbers: TypeAlias = Mapping[int | str, int]
+_NO_LAYERS: LayerNumbers = {}
 
 
 class JobOwner(Protocol):
@@ -18,11 +23,14 @@ class JobOwner(Protocol):
     def _released(self, job: OffloadJob) -> bool:
         """Whether the job's pages are the engine's again."""
 
-    def _wait_on(self, job: OffloadJob, stream: Any) -> None:
-        """Let a stream follow that."""
+    def _wait_on(self, job: OffloadJob, stream: Any, layer: int | None) -> None:
+        """Let a stream follow that, or the release of a layer's pages."""
 
     def _block(self, job: OffloadJob, timeout: float | None) -> None:
         """Block until the job has ended; raises TimeoutError."""
+
+    def _block_for_layer(self, job: OffloadJob, layer: int, timeout: float | None) -> None:
+        """Block until a layer's pages are the engine's again; raises TimeoutError."""
 
 
 class OffloadJob:
@@ -36,6 +44,7 @@ class OffloadJob:
         self.job_id = job_id
         self.direction = direction
         self._owner: JobOwner | None = owner  # until it has ended
+        self._layers = _NO_LAYERS
         self._result: TransferResult | None = None
 
     def __repr__(self) -> str:
@@ -71,18 +80,43 @@ class OffloadJob:
             raise TransferFailedError(result) from result.error
         return result
 
-    def wait_on(self, stream: Any) -> None:
-        """Let a stream wait for the release of the job's pages, without the host."""
-        owner = self._owner
-        if owner is not None:
-            owner._wait_on(self, stream)
+    def wait_on(self, stream: Any, *, layer: SupportsIndex | str | None = None) -> None:
+        """Let a stream wait for the release of the job's pages, without the host.
 
-    def block(self, timeout: float | None = None) -> None:
-        """Block until the job has ended, well or not. Raises TimeoutError."""
-        timeout = as_seconds("timeout", timeout)
+        `layer`: of a load by layers, only for the pages of that layer: its place among the load's
+        `layers`, or the name of a tensor in it. Whether what landed is right the job's result
+        tells. Raises ValueError where the load has no such layer.
+        """
+        number = self._number(layer)
         owner = self._owner
         if owner is not None:
+            owner._wait_on(self, stream, number)
+
+    def block(
+        self, timeout: float | None = None, *, layer: SupportsIndex | str | None = None
+    ) -> None:
+        """Block until the job has ended, well or not. Raises TimeoutError.
+
+        `layer`: as for `wait_on`; until that layer's pages are released, or the job has ended.
+        """
+        timeout = as_seconds("timeout", timeout)
+        number = self._number(layer)
+        owner = self._owner
+        if owner is None:
+            return
+        if number is None:
             owner._block(self, timeout)
+        else:
+            owner._block_for_layer(self, number, timeout)
+
+    def _number(self, layer: SupportsIndex | str | None) -> int | None:
+        if layer is None:
+            return None
+        name = layer if isinstance(layer, str) else as_integer("layer", layer)
+        if name not in self._layers:
+            known = f"one of {list(self._layers)}" if self._layers else "none, for a job without"
+            raise ValueError(f"layer: expected {known}, got {shown(layer)}")
+        return self._layers[name]
 
     def _end(self, result: TransferResult) -> None:
         self._result = result

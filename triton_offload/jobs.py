@@ -173,9 +173,9 @@ class OffloadingJobs:
     def _released(self, job: OffloadJob) -> bool:
         return all(map(self._queue.source_released, self._transfers_of(job)))
 
-    def _wait_on(self, job: OffloadJob, stream: Any) -> None:
+    def _wait_on(self, job: OffloadJob, stream: Any, layer: int | None) -> None:
         for transfer in self._transfers_of(job):
-            self._queue.wait_on(transfer, stream)
+            self._queue.wait_on(transfer, stream, layer)
 
     def _block(self, job: OffloadJob, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -183,6 +183,10 @@ class OffloadingJobs:
         while job._result is None:
             self._queue.wait(self._transfers_of(job, follows=True), _left(deadline))
             self._collect()
+
+    def _block_for_layer(self, job: OffloadJob, layer: int, timeout: float | None) -> None:
+        for transfer in self._transfers_of(job):  # a load is one
+            self._queue.wait_for_layer(transfer, layer, timeout)
 
     def _transfers_of(self, job: OffloadJob, follows: bool = False) -> list[int]:
         """The job's transfers under way, and those of the jobs that it follows."""

@@ -29,6 +29,7 @@ from triton_offload.sizes import parse_bytes
 from triton_offload.specs import CPULoadStoreSpec, Direction, Ids, LoadStoreSpec
 from triton_offload.stats import OffloadingStats
 from triton_offload.transfer.function_worker import TransferFunction
+from triton_offload.transfer.layers import NamedLayers
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
@@ -116,6 +117,7 @@ class KVOffloader(OffloadingJobs):
         super().__init__(manager, queue, pool)
         self._layout = layout
         self._reader = RequestReader(layout)
+        self._layers = NamedLayers(layout, kv_caches if isinstance(kv_caches, Mapping) else None)
         self._lookups = self._hits = self._evictions = 0
 
     @property
@@ -174,11 +176,19 @@ class KVOffloader(OffloadingJobs):
         group: int = 0,
         expedited: bool = False,
         stream: Any = None,
+        layers: SupportsIndex | Sequence[Sequence[int | str]] | None = None,
     ) -> OffloadJob:
         """Load the chunks of `keys` into blocks, and return at once.
 
         `block_ids`, `first_block`, `group`, `stream`: as for `store`; blocks are written after
         what is queued on the stream now. `expedited`: do not queue behind other loads.
+
+        `layers`: the tensors of each layer of the model, in the order in which layers are computed,
+        by name (dict) or index (list): each tensor of the group once. A number: so many layers of
+        equally many tensors, in the group's order. The pages of the first layer come first, those
+        of the others behind, several layers at a time; `job.wait_on(stream, layer=i)` lets a stream
+        wait for those of layer i alone. It is one job still, which ends when all have landed, and
+        fails where any did not. A load below 8 MiB is moved as without.
 
         Raises UnknownKeyError, PendingKeyError (being stored), UnwrittenBlocksError (blocks of a
         partial chunk that no store wrote), ValueError, RuntimeError when closed; nothing has
@@ -188,14 +198,17 @@ class KVOffloader(OffloadingJobs):
             stored, span, ids = self._request(
                 keys, block_ids, first_block, group, stream, distinct=True
             )
+            parts, numbers = self._layers.read(layers, group)
             spec = self._manager.prepare_load(stored, span.masks())
             self._manager.touch(stored)
             with self._submitting(Direction.LOAD, stored, spec.slot_ids) as entry:
+                entry.job._layers = numbers
                 if len(ids):
                     pages = self._reader.device_spec(ids, span.first, group)
-                    entry.transfers.add(
-                        self._queue.transfer_async(spec, pages, expedited=expedited, stream=stream)
+                    transfer = self._queue.transfer_async(
+                        spec, pages, expedited=expedited, stream=stream, layers=parts
                     )
+                    entry.transfers.add(transfer)
             return entry.job
 
     def lookup(

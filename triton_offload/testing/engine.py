@@ -9,13 +9,14 @@ they read with the model, when they run.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from triton_offload.kernels.table import PageTable
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Ids
 from triton_offload.testing.simulated import SimulatedDevice
@@ -79,6 +80,7 @@ class EngineMemory:
             ]
             self._pages.append(np.concatenate(pages, axis=1))
             self._within.append(np.concatenate(within, axis=1))
+        self._tables: dict[tuple[int, ...], PageTable] = {}  # of some of a group's pages
         self.wrong: list[str] = []
 
     # -- the engine's kernels --
@@ -94,11 +96,26 @@ class EngineMemory:
         def run() -> None:
             memory[cells] = values
 
-        self._launch("engine writes", group, blocks, run, writes=True)
+        self._launch("engine writes", self.layout.groups[group].table, blocks, run, writes=True)
 
-    def read(self, group: int, blocks: Sequence[int]) -> None:
-        """Queue a kernel that reads the blocks' pages, and compares."""
+    def read(
+        self, group: int, blocks: Sequence[int], tensors: Collection[int] | None = None
+    ) -> None:
+        """Queue a kernel that reads the blocks' pages, and compares. `tensors`: in these alone, of
+        which the group may have none."""
         cells = self._pages[group][list(blocks)]
+        table = self.layout.groups[group].table
+        if tensors is not None:
+            members = self.layout.members[group]
+            rows = [row for row, tensor in enumerate(members) if tensor in tensors]
+            if not rows:
+                return
+            sizes = [page.page_bytes for page in table.pages]
+            cells = cells[:, np.isin(np.repeat(np.arange(len(sizes)), sizes), rows)]
+            key = group, *rows
+            if key not in self._tables:
+                self._tables[key] = table.group([(row, sizes[row]) for row in rows])
+            table = self._tables[key]
         expected = self.cache[cells]
         memory, wrong = self._memory, self.wrong
 
@@ -112,7 +129,7 @@ class EngineMemory:
                 ]
                 wrong.append(f"blocks {bad} of group {group}: expected other bytes")
 
-        self._launch("engine reads", group, blocks, run, writes=False)
+        self._launch("engine reads", table, blocks, run, writes=False)
 
     # -- what a transfer does to the model, when it is submitted --
 
@@ -162,13 +179,12 @@ class EngineMemory:
     def _launch(
         self,
         name: str,
-        group: int,
+        table: PageTable,
         blocks: Sequence[int],
         run: Callable[[], None],
         *,
         writes: bool,
     ) -> None:
-        table = self.layout.groups[group].table
         pages = [self.device.pages_of(table, np.asarray(blocks, dtype=np.int64))]
         self.device.launch(
             name,

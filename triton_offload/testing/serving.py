@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +24,16 @@ Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
+class Request:
     """Blocks of one group that hold a request's tokens. `loading`: not to be read yet."""
 
     group: int
     blocks: list[int]
-    loading: _Transfer | None = None
+    loading: Transfer | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Transfer:
+class Transfer:
     """A job that was not reported yet. `blocks`: those that it has not released."""
 
     job_id: int
@@ -64,14 +65,15 @@ class ServingEngine:
         self.num_jobs = dict.fromkeys(lanes, 0)
         self.num_ids = dict(self.num_jobs)
         self.num_crossings = 0
+        self.last_options: dict[str, Any] = {}  # of the job submitted last
         self._rng = rng
         shape = memory.shape
         self._span = shape.blocks_per_chunk
         self._num_groups = len(memory.layout.groups)
         self._free = list(range(shape.num_blocks))
         self._ended: set[int] = set()  # blocks of requests that ended, under transfer still
-        self._requests: list[_Request] = []
-        self._transfers: dict[int, _Transfer] = {}
+        self._requests: list[Request] = []
+        self._transfers: dict[int, Transfer] = {}
         self._stored: dict[int, int] = {}  # the group whose chunk a slot holds
         self._last_of_lane = dict.fromkeys(self.num_jobs, 0)
         # One block table and so on, written anew for each job.
@@ -112,7 +114,7 @@ class ServingEngine:
         if self._rng.random() < 0.3:
             self.memory.write(group, blocks, self._rng)
         self.memory.write(group, blocks, self._rng)
-        self._requests.append(_Request(group, blocks))
+        self._requests.append(Request(group, blocks))
 
     def decode(self) -> None:
         """A request's pages are read, and its last one is written if it may be."""
@@ -187,7 +189,7 @@ class ServingEngine:
             self.memory.restore(group, blocks, before)
             self._ended.update(taken)
         else:
-            self._requests.append(_Request(group, taken, transfer))
+            self._requests.append(Request(group, taken, transfer))
 
     def collect(self) -> None:
         """Results are got: every job once, those of a lane in order."""
@@ -226,20 +228,24 @@ class ServingEngine:
 
     def _submit(
         self, lane: str, group: int, blocks: Ids, slots: Ids, first: int, fresh: Flags | None
-    ) -> _Transfer:
+    ) -> Transfer:
         ids, slot_ids = self._ids[: len(blocks)], self._slot_ids[: len(slots)]
         ids[:], slot_ids[:] = blocks, slots
         self._sizes[:] = [len(blocks) if g == group else 0 for g in range(self._num_groups)]
         self._firsts[:] = [first] * self._num_groups
         device_spec = GPULoadStoreSpec(ids, self._sizes, self._firsts)
         blocked = self._times_blocked()
+        self.last_options = self._load_options() if fresh is None else {}
         if fresh is not None:
             self._fresh[: len(slots)] = fresh
             host_spec = CPULoadStoreSpec(slot_ids, self._fresh[: len(slots)])
             job_id = self.queue.transfer_async(device_spec, host_spec)
         else:
             job_id = self.queue.transfer_async(
-                CPULoadStoreSpec(slot_ids), device_spec, expedited=lane == "expedited"
+                CPULoadStoreSpec(slot_ids),
+                device_spec,
+                expedited=lane == "expedited",
+                **self.last_options,
             )
         self._spoil()
         if self.memory.pool.pinned:  # CUDA's copies of pageable memory block
@@ -251,9 +257,13 @@ class ServingEngine:
         )
         self.num_jobs[lane] += 1
         self.num_ids[lane] += len(blocks) + len(slots)
-        transfer = _Transfer(job_id, lane, frozenset(blocks.tolist()), frozenset(slots.tolist()))
+        transfer = Transfer(job_id, lane, frozenset(blocks.tolist()), frozenset(slots.tolist()))
         self._transfers[job_id] = transfer
         return transfer
+
+    def _load_options(self) -> dict[str, Any]:
+        """What else the next load is to be given."""
+        return {}
 
     def _spoil(self) -> None:
         """What a call was given is the engine's again when it returns: it writes other ids there,
@@ -269,19 +279,19 @@ class ServingEngine:
         device = self.memory.device
         return device.num_blocked + sum(device.calls.get(c, 0) for c in ("synchronize", "sleep"))
 
-    def _taken_back(self, transfer: _Transfer) -> bool:
+    def _taken_back(self, transfer: Transfer) -> bool:
         if self._rng.random() < 0.15:
             transfer.cancelled = bool(self.queue.cancel([transfer.job_id]))
         return transfer.cancelled
 
-    def _await_load(self, request: _Request) -> None:
+    def _await_load(self, request: Request) -> None:
         """Let the compute stream follow the load that brings the request's pages."""
         if request.loading is not None:
             self.queue.wait_on(request.loading.job_id, self.memory.device.compute_stream)
             request.loading.blocks = frozenset()
             request.loading = None
 
-    def _users(self, blocks: list[int]) -> list[_Transfer]:
+    def _users(self, blocks: list[int]) -> list[Transfer]:
         return [t for t in self._transfers.values() if not t.blocks.isdisjoint(blocks)]
 
     def _hand_out(self) -> None:

@@ -16,6 +16,7 @@ from triton_offload.specs import (
     TransferResult,
 )
 from triton_offload.transfer.job import Job
+from triton_offload.transfer.layers import Layers
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.worker import OffloadingWorker, check_new
 
@@ -37,6 +38,7 @@ class DeviceWorker(OffloadingWorker):
         *,
         expedited: bool = False,
         stream: Any = None,
+        layers: Layers | None = None,
     ) -> None:
         device_spec, host_spec = (src, dst) if self._direction is Direction.STORE else (dst, src)
         if not isinstance(device_spec, GPULoadStoreSpec):
@@ -52,6 +54,7 @@ class DeviceWorker(OffloadingWorker):
                 host_spec,
                 expedited=expedited,
                 stream=stream,
+                layers=layers,
             )
 
     @property
@@ -95,10 +98,15 @@ class DeviceWorker(OffloadingWorker):
         """Whether the engine may use the job's pages again (a reported job's: yes)."""
         return all(self._pipeline.released(job) for job in self._known([job_id]))
 
-    def wait_on(self, job_id: int, stream: Any) -> None:
-        """Let a stream follow the release of the job's pages, without the host."""
-        for job in self._known([job_id]):
-            self._pipeline.wait_on(job, stream)
+    def wait_on(self, job_id: int, stream: Any, layer: int | None = None) -> None:
+        """Let a stream follow the release of the job's pages, or of a layer's, without the host."""
+        for job in self._known([job_id], layer):
+            self._pipeline.wait_on(job, stream, layer=layer)
+
+    def wait_for_layer(self, job_id: int, layer: int, timeout: float | None = None) -> None:
+        """Block until the release of a layer's pages; raises TimeoutError."""
+        for job in self._known([job_id], layer):
+            self._pipeline.wait_for_layer(job, layer, timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
         self._pipeline.shutdown(timeout)
@@ -112,7 +120,14 @@ class DeviceWorker(OffloadingWorker):
             known = {job.job_id for job in jobs if job.direction is self._direction}
             assert self._jobs.keys() == known
 
-    def _known(self, job_ids: Iterable[int]) -> list[Job]:
+    def _known(self, job_ids: Iterable[int], layer: int | None = None) -> list[Job]:
         ids = list(job_ids)
         with self._lock:
-            return [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
+            jobs = [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
+        for job in jobs:
+            if layer is not None and not 0 <= layer < len(job.run_of_layer):
+                raise ValueError(
+                    f"layer: expected one of {len(job.run_of_layer)} of job {job.job_id}, "
+                    f"got {layer}"
+                )
+        return jobs

@@ -21,9 +21,11 @@ class Job:
     the engine's stream at submission. `after`: jobs of other lanes on the same slots. `started`:
     something of it may be queued. `start`: None where it could not be marked, and the job is not
     timed. `submitted`, `queue_seconds`: when (the device's clock), and how long it then waited
-    for its first segment. `by_path`: bytes of the segments queued whole. `queued`: all of it is
-    queued, or it has failed. `finished`: nothing of it touches a page or a slot any more, `result`
-    says how it ended, and it keeps neither ids nor events.
+    for its first segment. `by_path`: bytes of the segments queued whole. `run_of_layer`: of a load
+    by layers, the run after which each layer's pages are there; `landed`: an event after each run
+    that is queued whole, in their order. `queued`: all of it is queued, or it has failed.
+    `finished`: nothing of it touches a page or a slot any more, `result` says how it ended, and it
+    keeps neither ids nor events.
     """
 
     job_id: int
@@ -37,6 +39,8 @@ class Job:
     submitted: float | None
     queue_seconds: float = 0.0
     by_path: dict[Path, int] = field(default_factory=dict)
+    run_of_layer: tuple[int, ...] = ()
+    landed: list[Event] = field(default_factory=list)
     planned: Iterator[Planned] | None = None
     held: Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None
@@ -56,6 +60,13 @@ class Job:
         """Once all of it is queued: what its pages are the engine's after (ordering rule 3)."""
         # Of a job that failed, what came after its last whole segment may still touch them.
         return self.end if self.last is None or self.error is not None else self.last.released
+
+    def released_after(self, layer: int | None) -> Event | None:
+        """What the pages of a layer (None: all) are the engine's after; None while some of them
+        have not been queued. Runs are queued in order: an event of one follows those before."""
+        if layer is not None and self.run_of_layer[layer] < len(self.landed):
+            return self.landed[self.run_of_layer[layer]]
+        return self.released if self.queued else None
 
 
 class Planned(NamedTuple):

@@ -24,6 +24,11 @@ from triton_offload.transfer.staging import IndexRing
 # of a batch taken for one; a segment, of `MOST_COPIES` and some more, is admitted uncounted.
 _MAX_QUEUED_OPS = 600
 
+# Whoever submits a load by layers computes the first one next, and should not queue all the others
+# before: those are queued as it waits for layers, and by the feeder. It takes a link of 55 GB/s
+# 1.2 ms, longer than the feeder pauses.
+LAYERS_AHEAD_BYTES = 64 << 20
+
 
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
@@ -143,22 +148,25 @@ class Lane:
     def _queue_job(self, job: Job) -> bool:
         """Queue the job's segments; False where the rest must wait for room."""
         if job.planned is None:
-            job.planned = self._split(job.runs)
+            job.planned = self._split(job)
         while job.error is None:
             job.held = job.held or next(job.planned, None)
             if job.held is None:
                 # A job of no blocks is an event to record, and room for that is bounded too.
                 return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
-            if not self._has_room(job.held.run) or not self._queue_segment(job, job.held):
+            if not self._has_room(job.held.run) or self._is_far_ahead(job):
+                return False
+            if not self._queue_segment(job, job.held):
                 return False
             job.held = None
         return True
 
-    def _split(self, runs: list[GroupRun]) -> Iterator[Planned]:
+    def _split(self, job: Job) -> Iterator[Planned]:
         # What fills a path's two stages is short, and what drains them. A store behind others finds
         # them full; a load is waited for, whatever comes behind it.
         stores = self.direction is Direction.STORE
         fills = stores and not self._in_flight
+        runs = job.runs
         for i, run in enumerate(runs):
             path = self.paths.choose(run)
             most = max(1, min(self._max_chunks, self.paths.max_chunks(path, run)))
@@ -167,6 +175,8 @@ class Lane:
             last = short if not stores and i == len(runs) - 1 else 0
             for part in run.split(most, first, last):
                 yield Planned(path, part)
+            if job.run_of_layer and job.last is not None:  # asked for more: this run is queued
+                job.landed.append(job.last.released)
 
     def _has_room(self, run: GroupRun) -> bool:
         if not self._in_flight:
@@ -174,6 +184,10 @@ class Lane:
         if self._window_bytes is not None and self._num_bytes + run.num_bytes > self._window_bytes:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
+
+    def _is_far_ahead(self, job: Job) -> bool:
+        """Whether so much is queued that a load by layers is to leave the caller to its layers."""
+        return bool(job.run_of_layer) and self._num_bytes >= LAYERS_AHEAD_BYTES
 
     def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.
@@ -353,6 +367,7 @@ class Lane:
         self._doubt(job)
         # Who keeps the job keeps its result, and no memory that was moved.
         job.runs, job.start, job.end, job.last = [], None, None, None
+        job.landed.clear()
         self.finished.append(job)
 
     def _check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import numpy as np
@@ -11,7 +12,7 @@ from triton_offload.closing import Closing
 from triton_offload.device.base import Device, Event, Stream
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import Direction
-from triton_offload.transfer.layout import CacheLayout, GroupRun
+from triton_offload.transfer.layout import CacheLayout, GroupLayout, GroupRun
 from triton_offload.transfer.ranges import (
     SLICE_BYTES,
     ChunkRanges,
@@ -54,14 +55,10 @@ class LaneStreams:
         self._own_ranges = layout.own_ranges or ((0, pool.slot_bytes),)
         self._ring = StagingRing(device, num_buffers, buffer_bytes)
         self._zeros = device.empty(min(_ZEROS_BYTES, pool.slot_bytes))
-        self._places = device.empty_indices(
-            max(buffer_bytes // group.packed.slot_bytes for group in layout.groups)
-        )
+        self._places = device.empty_indices(MOST_COPIES)  # no staged segment has more chunks
         self._places.numpy()[:] = np.arange(len(self._places))
         self._places_of = len(self._places), self._places
-        for group in layout.groups:
-            device.prepare(group.packed, self._ring.take().slots(group.packed))
-            device.prepare(group.table, pool.slots)
+        self.prepare(layout.groups)
         with ExitStack() as undo:
             # A scatter waits behind prefill kernels otherwise: 1.6 ms each in the field.
             self.kernels = device.new_stream(f"{name}-kernels", high_priority=True)
@@ -89,6 +86,12 @@ class LaneStreams:
     def chunks_in_buffer(self, run: GroupRun) -> int:
         """How many of the run's chunks a staging buffer holds."""
         return self._ring.buffer_bytes // run.group.packed.slot_bytes
+
+    def prepare(self, groups: Iterable[GroupLayout]) -> None:
+        """Do ahead of the first transfer what blocks the host."""
+        for group in groups:
+            self.device.prepare(group.packed, self._ring.take().slots(group.packed))
+            self.device.prepare(group.table, self.pool.slots)
 
     def settle(self) -> tuple[Event, ...]:
         """Let each stream follow all that is queued on the other so far.

@@ -90,8 +90,11 @@ class CacheLayout:
         if groups is not None:
             index: dict[int | str, int] = {name: i for i, name in enumerate(names)}
             refs = [
-                [(i, table.pages[i].page_bytes) for i in _members(f"groups[{g}]", group, index)]
-                for g, group in enumerate(_listed("groups", groups))
+                [
+                    (i, table.pages[i].page_bytes)
+                    for i in named_members(f"groups[{g}]", group, index)
+                ]
+                for g, group in enumerate(listed("groups", groups))
             ]
         layout = cls.__new__(cls)
         layout._fill(table, refs)
@@ -132,7 +135,7 @@ class CacheLayout:
             members = [{i: page.page_bytes for i, page in enumerate(table.pages)}]
         else:
             refs = [
-                _listed(f"groups[{g}]", group) for g, group in enumerate(_listed("groups", groups))
+                listed(f"groups[{g}]", group) for g, group in enumerate(listed("groups", groups))
             ]
             if not refs:
                 raise ValueError("groups: expected at least one group, got none")
@@ -153,6 +156,8 @@ class CacheLayout:
         #: (offset, bytes) of what is this layout's of a slot; None: all of it
         self.own_ranges: tuple[tuple[int, int], ...] | None = None
         self.groups = tuple(GroupLayout.of(i, table) for i, table in enumerate(tables))
+        #: the tensors of each group, in the order of its table's pages
+        self.members = tuple(tuple(group) for group in members)
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(
             tuple(j for j in range(i) if members[i].keys() & members[j].keys())
@@ -295,17 +300,17 @@ class GroupRun(NamedTuple):
         return [chunk for chunk in sorted(ends) if self.blocks_of_chunk(chunk) != (0, span)]
 
 
-def _listed(name: str, values: Any) -> list[Any]:
+def listed(name: str, values: Any) -> list[Any]:
     """The members of an argument that lists them; not of a string, nor the keys of a dict."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a list, got {shown(values)}")
     return list(values)
 
 
-def _members(name: str, group: Any, index: Mapping[int | str, int]) -> list[int]:
+def named_members(name: str, group: Any, index: Mapping[int | str, int]) -> list[int]:
     """The tensors that a group names, by their indices."""
     found = []
-    for member in _listed(name, group):
+    for member in listed(name, group):
         named = isinstance(member, str | int | np.integer) and not isinstance(member, bool)
         if not named or member not in index:  # True would be found where 1 is
             raise ValueError(f"{name}: expected members of {list(index)}, got {shown(member)}")

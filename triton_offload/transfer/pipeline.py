@@ -38,7 +38,8 @@ from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
-from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.layers import Layers
+from triton_offload.transfer.layout import CacheLayout, GroupLayout
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
 
 _log = logging.getLogger(__name__)
@@ -138,8 +139,10 @@ class Pipeline:
         *,
         expedited: bool = False,
         stream: Stream | None = None,
+        layers: Layers | None = None,
     ) -> Job:
         """Accept a job. `stream`: the engine's compute stream, default: the caller's current one.
+        `layers`: load band by band, so that a wait may be for one layer.
 
         Raises ValueError for ids that are out of range or written twice, RuntimeError while the
         stream captures a graph or after `shutdown`; nothing is queued then.
@@ -162,8 +165,12 @@ class Pipeline:
             name = "expedited" if expedited else "load"
         with self._lock:
             self._open_layout()
+            run_of_layer: tuple[int, ...] = ()
+            if layers is not None:
+                runs, run_of_layer = layers.cut(runs, self._prepare_loads)
             after = self._order_on_slots(name, host_spec.slot_ids)
             job = self._lanes[name].submit(job_id, runs, compute, after)
+            job.run_of_layer = run_of_layer
             self._last_on_slot[name][host_spec.slot_ids] = job.sequence
             self._jobs_of_lane[name][job.sequence] = job
             self._pump()
@@ -201,6 +208,17 @@ class Pipeline:
         deadline = None if timeout is None else self._device.monotonic() + timeout
         self._wait(job, deadline, timeout)
 
+    def wait_for_layer(self, job: Job, layer: int, timeout: float | None = None) -> None:
+        """Block until a layer's pages are the engine's, whether right or not, or the job is
+        finished; raises TimeoutError."""
+        deadline = None if timeout is None else self._device.monotonic() + timeout
+        while not self.released(job, layer):
+            with self._lock:
+                event = job.released_after(layer)
+                if event is None and not job.finished:
+                    event = self._lanes[job.lane].next_event
+            self._block(event, deadline, f"layer {layer} was not there within {timeout} s")
+
     def monotonic(self) -> float:
         """The clock that `wait` counts its timeout by."""
         return self._device.monotonic()
@@ -223,16 +241,17 @@ class Pipeline:
         for job in jobs:
             self.wait(job)
 
-    def released(self, job: Job) -> bool:
-        """Whether the job's pages are the engine's again (ordering rule 3)."""
+    def released(self, job: Job, layer: int | None = None) -> bool:
+        """Whether the pages of the job, or of a layer, are the engine's again (ordering rule 3)."""
         with self._lock:
             self._pump()
             if job.finished:
                 return True
-            if not job.queued or job.released is None:
+            event = job.released_after(layer)
+            if event is None:
                 return False
             try:
-                return self._device.query(job.released)
+                return self._device.query(event)
             except Exception:
                 return False  # failed: its pages are free when it is finished
 
@@ -247,10 +266,12 @@ class Pipeline:
         with self._lock:
             return frozenset().union(*(lane.broken for lane in self._lanes.values()))
 
-    def wait_on(self, job: Job, stream: Stream, timeout: float | None = None) -> None:
-        """Let `stream` follow the job's release, without the host.
+    def wait_on(
+        self, job: Job, stream: Stream, timeout: float | None = None, layer: int | None = None
+    ) -> None:
+        """Let `stream` follow the release of the job, or of one of its layers, without the host.
 
-        Blocks only while part of the job is still in the backlog, for then its last event is not
+        Blocks only while part of that is still in the backlog, for then its last event is not
         recorded yet. Raises ValueError for what is no stream of the device.
         """
         if stream is None:
@@ -262,11 +283,13 @@ class Pipeline:
                 self._pump()
                 if job.finished:
                     return
-                queued = job.queued
-                if queued and (self._deferred is None or self._deferred.is_recorded(job.released)):
-                    self._device.wait(stream, job.released)
+                event = job.released_after(layer)
+                head = None if event is not None else self._lanes[job.lane].next_event
+                if event is not None and (
+                    self._deferred is None or self._deferred.is_recorded(event)
+                ):
+                    self._device.wait(stream, event)
                     return
-                head = None if queued else self._lanes[job.lane].next_event
             self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -311,6 +334,12 @@ class Pipeline:
         if layout is None:
             raise RuntimeError("the worker is shut down")
         return layout
+
+    def _prepare_loads(self, groups: Iterable[GroupLayout]) -> None:
+        parts = list(groups)
+        for lane in self._lanes.values():
+            if lane.direction is Direction.LOAD:
+                lane.streams.prepare(parts)
 
     def _can_cancel(self, job: Job) -> bool:
         ours = self._jobs_of_lane[job.lane].get(job.sequence) is job

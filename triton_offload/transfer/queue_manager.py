@@ -30,6 +30,7 @@ from triton_offload.transfer.function_worker import (
     check_function,
     check_num_threads,
 )
+from triton_offload.transfer.layers import Layers
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.slot_order import SlotOrder
@@ -113,9 +114,12 @@ class OffloadingQueueManager:
         *,
         expedited: bool = False,
         stream: Any = None,
+        layers: Layers | None = None,
     ) -> int:
         """Submit a job and return its id. Raises, with nothing queued, what is wrong with it.
 
+        `layers`: a device's load brings the pages of the first layers first, and a wait may be for
+        one layer.
         A device's job is refused where a function's job on the same slots has to end first (see
         `FunctionWorker`): RuntimeError.
         """
@@ -127,6 +131,8 @@ class OffloadingQueueManager:
         submit = partial(
             worker.transfer_async, job_id, src_spec, dst_spec, expedited=expedited, stream=stream
         )
+        if layers is not None:  # which other workers do not take
+            submit = partial(submit, layers=layers)
         try:
             if isinstance(worker, DeviceWorker):
                 self._order.submit_to_device(src_spec, dst_spec, submit)
@@ -198,11 +204,26 @@ class OffloadingQueueManager:
         """Whether the engine may use the job's pages again."""
         return all(worker.source_released(i) for worker, (i,) in self._by_worker([job_id]))
 
-    def wait_on(self, job_id: SupportsIndex, stream: Any) -> None:
+    def wait_on(self, job_id: SupportsIndex, stream: Any, layer: int | None = None) -> None:
         """Let `stream` follow the release of the job's pages: a device's job without the host,
-        another's by blocking until it has ended."""
+        another's by blocking until it has ended. `layer`: of that layer's pages, where the job was
+        submitted with `layers`."""
         for worker, (i,) in self._by_worker([job_id]):
-            worker.wait_on(i, stream)
+            if isinstance(worker, DeviceWorker):
+                worker.wait_on(i, stream, layer)
+            else:
+                worker.wait_on(i, stream)
+
+    def wait_for_layer(
+        self, job_id: SupportsIndex, layer: int, timeout: float | None = None
+    ) -> None:
+        """Block until the release of a layer's pages, whether they are right or not; the result of
+        the job tells. Raises TimeoutError."""
+        for worker, (i,) in self._by_worker([job_id]):
+            if isinstance(worker, DeviceWorker):
+                worker.wait_for_layer(i, layer, timeout)
+            else:
+                worker.wait([i], timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Cancel what has not started, drain the rest, join every thread. Idempotent.
