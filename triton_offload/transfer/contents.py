@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from triton_offload.slabs import Slabs
+from triton_offload.transfer.last_jobs import Cuts
 from triton_offload.transfer.layout import CacheLayout, GroupRun
 
 # What a slot holds beside a group's chunk, counted from the end of a list with one entry per group:
@@ -32,17 +34,21 @@ class SlotMarks(NamedTuple):
 class SlotContents:
     """Whose chunk each slot holds, by what was queued so far. Its user holds the lock."""
 
-    def __init__(self, layout: CacheLayout, num_slots: int) -> None:
+    def __init__(self, layout: CacheLayout, slabs: Slabs) -> None:
         # The group whose chunk each slot holds, or one of the two above.
-        self._holder = np.full(num_slots, _ZEROS, dtype=np.int64)
+        self._holder = np.full(slabs.num_slots, _ZEROS, dtype=np.int64)
+        self._cuts = Cuts(slabs)
         # [group, holder]: whether a store of a whole chunk of the group leaves a byte of what the
         # slot held; the last two columns are those of _MIXED and _ZEROS.
-        edges = np.tile(np.array([True, False]), (len(layout.groups), 1))
-        self._leaves = np.hstack([layout.leaves_stale, edges])
+        edges = [[not group.fills_slot, False] for group in layout.groups]
+        self._leaves = np.hstack([layout.leaves_stale, np.array(edges)])
 
     def store(self, run: GroupRun) -> SlotMarks:
         """A store of this run is queued now: what it must clear. From here on its slots hold it."""
         group, partial = run.group.index, run.partial_chunks()
+        for old, new in self._cuts.use(run.group.size, run.slot_ids):
+            unused = (self._holder[old] == _ZEROS).all()
+            self._holder[new] = _ZEROS if unused else _MIXED
         holder = self._holder[run.slot_ids]
         stale = self._leaves[group][holder]
         all_fresh = run.fresh is not None and np.count_nonzero(run.fresh) == len(holder)

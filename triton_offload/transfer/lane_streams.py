@@ -60,7 +60,7 @@ class LaneStreams:
         self._places_of = len(self._places), self._places
         for group in layout.groups:
             device.prepare(group.packed, self._ring.take().slots(group.packed))
-            device.prepare(group.table, pool.slots)
+            device.prepare(group.table, pool.slots_of(group.size))
         with ExitStack() as undo:
             # A scatter waits behind prefill kernels otherwise: 1.6 ms each in the field.
             self.kernels = device.new_stream(f"{name}-kernels", high_priority=True)
@@ -159,11 +159,15 @@ class LaneStreams:
             ops += 1
         return ops
 
+    def slot(self, run: GroupRun, chunk: int) -> torch.Tensor:
+        """uint8 [slot_bytes]: that of one of the run's chunks."""
+        return self.pool.slots_of(run.group.size)[int(run.rows[chunk])]
+
     def clear(self, segment: Segment, stream: Stream, chunks: tuple[int, ...]) -> int:
         """Zero whole slots in the pool, so that no byte of an earlier chunk stays readable."""
         pairs: list[Pair] = []
         for chunk in dict.fromkeys(chunks):
-            slot = self.pool.slots[int(segment.run.slot_ids[chunk])]
+            slot = self.slot(segment.run, chunk)
             pairs.extend(zeros_over(slot, self._zeros))
         for part, zeros in pairs:
             self.device.copy(part, zeros, stream)
