@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.layout import CacheLayout
@@ -22,7 +23,7 @@ class Slots:
     def __init__(self, **options) -> None:
         tensors = [torch.zeros((16, 8), dtype=torch.uint8), torch.zeros((16, 4), dtype=torch.uint8)]
         self.layout = CacheLayout(tensors, 2, GROUPS)
-        self.contents = SlotContents(self.layout, 8, **options)
+        self.contents = SlotContents(self.layout, Slabs.of(24, 8, [24]), **options)
 
     def store(self, group: int, slots=(2, 3, 4), *, first=0, count=None, fresh=True) -> SlotMarks:
         marks = self.contents.store(self.run(group, slots, first, count, fresh))

@@ -29,14 +29,14 @@ def store(manager: CPUOffloadingManager, keys: Sequence[bytes]) -> tuple[bytes, 
 
 def state_of(manager: CPUOffloadingManager) -> Any:
     """All that a manager knows, its policy's own apart."""
-    slots = manager._slots
+    free = manager._room._free
     return (
         dict(manager._slot_of),
         dict(manager._partial),
         dict(manager._storing),
         dict(manager._loading),
-        manager._num_busy,
-        (slots._unused, list(slots._returned)),
+        manager.num_pinned,
+        (free._unused, list(free._returned)),
         list(manager._events or []),
     )
 

@@ -26,8 +26,9 @@ from triton_offload.scheduler.manager import (
 )
 from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
+from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction, Ids, LoadStoreSpec
-from triton_offload.stats import OffloadingStats
+from triton_offload.stats import OffloadingStats, SizeStats
 from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layers import NamedLayers
 from triton_offload.transfer.layout import CacheLayout
@@ -92,14 +93,9 @@ class KVOffloader(OffloadingJobs):
             raise TypeError(f"device: expected a Device or None, got {shown(device)}")
         size = parse_bytes("host_bytes", host_bytes)
         check_memory("host_bytes", size)  # before anything grows with it
-        num_chunks = size // layout.slot_bytes
-        if num_chunks < 1:
-            raise ValueError(
-                f"host_bytes: expected room for at least one chunk of {layout.slot_bytes} "
-                f"bytes, got {size}"
-            )
+        slabs = Slabs.fit(size, layout.slot_sizes)
         manager = CPUOffloadingManager(
-            num_chunks,
+            slabs,
             policy=policy,
             blocks_per_chunk=blocks_per_chunk,
             enable_events=enable_events,
@@ -108,7 +104,7 @@ class KVOffloader(OffloadingJobs):
         if device is None:
             measured = calibration_for(layout.device, calibration)
             device = device_for(layout.device, measured)
-        pool = HostPool.allocate(device, num_chunks, layout.slot_bytes)
+        pool = HostPool.allocate(device, slabs.num_slabs, slabs.slab_bytes, layout.slot_sizes)
         try:
             queue = transfer_queue(layout, pool, path, options, measured)
         except BaseException:
@@ -122,8 +118,14 @@ class KVOffloader(OffloadingJobs):
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks the host pool holds."""
-        return self._pool.num_slots
+        """How many chunks the host pool holds; where groups differ in size, if all are of the
+        smallest."""
+        return self._pool.slabs.most_chunks
+
+    def num_chunks_of(self, group: int) -> int:
+        """How many chunks of one group the host pool holds, if it holds nothing else."""
+        slabs, layout = self._pool.slabs, self._layout.groups[self._reader.group(group)]
+        return slabs.num_slabs * slabs.sizes[layout.size].per_slab
 
     def store(
         self,
@@ -150,7 +152,7 @@ class KVOffloader(OffloadingJobs):
             stored, span, ids = self._request(
                 keys, block_ids, first_block, group, stream, distinct=False
             )
-            output = self._reserve(stored, span.masks())
+            output = self._reserve(stored, span.masks(), group)
             spec = output.store_spec
             with self._submitting(
                 Direction.STORE, output.keys_to_store, spec.slot_ids, output.pending_keys
@@ -257,24 +259,30 @@ class KVOffloader(OffloadingJobs):
         """What was done since construction, and how it stands now; after `close` too."""
         with self._lock:
             self._collect()
-            slot_bytes = self._pool.slot_bytes if self._finalizer.alive else 0
+            slabs, manager, is_open = self._pool.slabs, self._manager, self._finalizer.alive
+            sizes = tuple(
+                SizeStats(size.num_bytes, slabs.num_slabs * size.per_slab, used)
+                for size, used in zip(slabs.sizes, manager.used_by_size(), strict=True)
+            )
             return OffloadingStats(
                 self._ledger.totals[Direction.STORE].stats(),
                 self._ledger.totals[Direction.LOAD].stats(),
                 self._lookups,
                 self._hits,
                 self._evictions,
-                self._manager.num_chunks,
-                self._manager.num_used,
-                self._manager.num_pinned,
-                self._manager.num_chunks * slot_bytes,
-                self._manager.num_used * slot_bytes,
+                manager.num_chunks,
+                manager.num_used,
+                manager.num_pinned,
+                slabs.num_bytes if is_open else 0,
+                sum(size.used_bytes for size in sizes) if is_open else 0,
                 self._pool.pinned,
                 self._pool.pin_failure,
                 self._queue.broken_paths,
                 imported=self._ledger.medium_totals[Direction.STORE].stats(),
                 exported=self._ledger.medium_totals[Direction.LOAD].stats(),
                 limits=(*self._pool.device.limits, *self._pool.notes),
+                wasted_bytes=manager.wasted_bytes if is_open else 0,
+                sizes=sizes,
             )
 
     # -- a medium of the user's --
@@ -357,7 +365,7 @@ class KVOffloader(OffloadingJobs):
             check_spec("src", src)
             self._queue._worker_for(type(src), ChunkSpec)  # raises before anything is evicted
             self._collect()
-            output = self._reserve(stored, blocks)
+            output = self._reserve(stored, blocks, group)
             slots = output.store_spec.slot_ids
             with self._submitting(
                 Direction.STORE, output.keys_to_store, slots, output.pending_keys
@@ -391,12 +399,15 @@ class KVOffloader(OffloadingJobs):
         self._collect()
         return stored, span, ids
 
-    def _reserve(self, keys: Sequence[Key], masks: Sequence[int] | None) -> PrepareStoreOutput:
+    def _reserve(
+        self, keys: Sequence[Key], masks: Sequence[int] | None, group: int
+    ) -> PrepareStoreOutput:
         """Slots for what of these chunks is to be stored."""
-        output = self._manager.prepare_store(keys, masks)
+        size = self._layout.groups[group].size
+        output = self._manager.prepare_store(keys, masks, size=size)
         if output is None:
             raise PoolFullError(
-                f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks} "
+                f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks_of(group)} "
                 f"chunks of which {self._manager.num_pinned} are pinned by transfers"
             )
         self._manager.touch(keys)
@@ -406,5 +417,7 @@ class KVOffloader(OffloadingJobs):
     def _chunks(
         self, keys: Sequence[Key], masks: Sequence[int], slots: Ids, group: int, *, writing: bool
     ) -> ChunkSpec:
-        keys, table = self._reader.given(keys), self._layout.groups[group].table
-        return ChunkSpec.of(keys, masks, self._pool.slots, slots, table, group, writing=writing)
+        keys, layout = self._reader.given(keys), self._layout.groups[group]
+        rows = self._pool.slabs.sizes[layout.size].rows(slots)
+        pool = self._pool.slots_of(layout.size)
+        return ChunkSpec.of(keys, masks, pool, rows, layout.table, group, writing=writing)

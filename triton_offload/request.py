@@ -32,12 +32,16 @@ class RequestReader:
         self._layout = layout
         self._num_groups = len(layout.groups)
 
-    def keys(self, keys: Sequence[bytes], group: int) -> list[Key]:
-        """As the manager knows them: where there are several groups, with the group's number
-        behind, as vLLM does."""
+    def group(self, group: SupportsIndex) -> int:
         number = as_integer("group", group)
         if number >= self._num_groups:
             raise ValueError(f"group: expected 0 to {self._num_groups - 1}, got {group}")
+        return number
+
+    def keys(self, keys: Sequence[bytes], group: int) -> list[Key]:
+        """As the manager knows them: where there are several groups, with the group's number
+        behind, as vLLM does."""
+        number = self.group(group)
         if type(keys) is not list and (  # for the other questions take longer
             isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)
         ):

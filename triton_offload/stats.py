@@ -96,6 +96,19 @@ class DirectionTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeStats:
+    """Chunks of one size: how many the pool has room for if all are such, and how many it holds."""
+
+    slot_bytes: int
+    num_chunks: int
+    num_used: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.slot_bytes * self.num_used
+
+
+@dataclass(frozen=True, slots=True)
 class OffloadingStats:
     """Counts since construction, in chunks where nothing else is said, and how it stands now.
 
@@ -103,6 +116,9 @@ class OffloadingStats:
     and where it is pinned. `broken_paths`: those that could not be queued, for which others stand
     in. `host_bytes`, `used_bytes`: of the pool, 0 once the offloader is closed. `limits`: what this
     machine does not have, or refused, and what that costs, a line each.
+
+    Of groups whose chunks differ in size `num_chunks` is how many of the smallest there is room
+    for; `sizes` tells them apart. `wasted_bytes`: what lies behind the slots of slabs that are cut.
     """
 
     store: DirectionStats
@@ -122,3 +138,5 @@ class OffloadingStats:
     imported: DirectionStats = field(default_factory=DirectionStats)
     exported: DirectionStats = field(default_factory=DirectionStats)
     limits: tuple[str, ...] = ()
+    wasted_bytes: int = 0
+    sizes: tuple[SizeStats, ...] = ()

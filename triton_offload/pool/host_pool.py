@@ -8,6 +8,7 @@ import operator
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ from triton_offload.pool import shared_memory
 from triton_offload.pool.memory_limits import check_memory, check_room
 from triton_offload.pool.placement import place
 from triton_offload.pool.preparation import Preparation
+from triton_offload.slabs import Slabs
 
 # One cudaHostRegister of 512 GiB or more always fails, and each stalls the process for 0.1 s a GB.
 _MAX_PIECE_BYTES = 256 << 20
@@ -28,11 +30,23 @@ class HostPool:
     The memory is mapped at construction and usable at once. Touching and, where the device can,
     pinning it goes on in the background, in pieces; `wait_ready` waits for that. A fresh pool
     reads as zeros. Build one with `allocate`, `share`, `attach` or `from_tensor`.
+
+    With slots of several sizes (`slabs`), those are its slabs: `slots_of` has the slots of a size.
     """
 
-    def __init__(self, device: Device, slots: torch.Tensor, *, owned: bool, pinned: bool) -> None:
+    def __init__(
+        self,
+        device: Device,
+        slots: torch.Tensor,
+        *,
+        owned: bool,
+        pinned: bool,
+        sizes: Sequence[int] = (),
+    ) -> None:
         self.device = device
         self.num_slots, self.slot_bytes = slots.shape
+        #: how each slot is cut further
+        self.slabs = Slabs.of(self.slot_bytes, self.num_slots, sizes or [self.slot_bytes])
         #: what was asked for its memory and refused, in words
         self.notes: tuple[str, ...] = ()
         #: copies must not cross a multiple of this many slots: each piece is pinned on its own
@@ -40,6 +54,7 @@ class HostPool:
         #: whether others write to slots between two jobs: nobody knows what they held last
         self.has_other_writers = False
         self._slots: torch.Tensor | None = slots
+        self._slots_of: dict[int, torch.Tensor] = {}
         self._pinned = pinned
         self._preparation: Preparation | None = None
         if owned:
@@ -49,9 +64,12 @@ class HostPool:
             self._dropped.atexit = False
 
     @classmethod
-    def allocate(cls, device: Device, num_slots: int, slot_bytes: int) -> HostPool:
+    def allocate(
+        cls, device: Device, num_slots: int, slot_bytes: int, sizes: Sequence[int] = ()
+    ) -> HostPool:
         """A private pool, on the device's NUMA node.
 
+        `sizes`: bytes of the slots that each is cut into; none: it is one slot.
         Where the device can't pin memory that is there, it allocates the pool: pinned from the
         start, in this call, which takes some 0.2 s for each GiB then. Raises ValueError for sizes
         below one and, naming `host_bytes`, for more than is free on this machine or in this control
@@ -63,11 +81,11 @@ class HostPool:
         pinned = device.empty_pinned(num_bytes)
         if pinned is not None:
             slots = pinned.zero_().view(num_slots, slot_bytes)
-            return cls(device, slots, owned=False, pinned=True)
+            return cls(device, slots, owned=False, pinned=True, sizes=sizes)
         memory = mmap.mmap(-1, num_bytes)
         slots = _as_slots(memory, num_slots, slot_bytes)
         notes = place(slots, device.numa_node)  # before its pages are touched
-        pool = cls(device, slots, owned=True, pinned=False)
+        pool = cls(device, slots, owned=True, pinned=False, sizes=sizes)
         pool.notes = notes
         return pool
 
@@ -119,10 +137,13 @@ class HostPool:
         return cls(device, _as_slots(memory, num_slots, slot_bytes), owned=True, pinned=False)
 
     @classmethod
-    def from_tensor(cls, device: Device, slots: torch.Tensor, *, pinned: bool) -> HostPool:
+    def from_tensor(
+        cls, device: Device, slots: torch.Tensor, *, pinned: bool, sizes: Sequence[int] = ()
+    ) -> HostPool:
         """A pool over memory that somebody else owns, and has pinned or not.
 
-        `slots`: uint8 `[num_slots, slot_bytes]` on the CPU; rows may lie apart.
+        `slots`: uint8 `[num_slots, slot_bytes]` on the CPU; rows may lie apart, but not with
+        `sizes`, which are those of `allocate`.
         """
         if slots.dtype is not torch.uint8 or slots.dim() != 2 or slots.device.type != "cpu":
             raise ValueError(
@@ -132,7 +153,9 @@ class HostPool:
         if slots.shape[1] > 1 and slots.stride(1) != 1:
             raise ValueError(f"slots: expected contiguous rows, got stride {slots.stride(1)}")
         _sizes(*slots.shape)
-        return cls(device, slots, owned=False, pinned=pinned)
+        if sizes and not slots.is_contiguous():
+            raise ValueError(f"slots: expected no gaps to be cut by sizes, got {slots.stride()}")
+        return cls(device, slots, owned=False, pinned=pinned, sizes=sizes)
 
     @property
     def slots(self) -> torch.Tensor:
@@ -140,6 +163,18 @@ class HostPool:
         if self._slots is None:
             raise RuntimeError("the host pool is closed")
         return self._slots
+
+    def slots_of(self, size: int) -> torch.Tensor:
+        """The slots of one size, uint8 `[rows, num_bytes]`: those of `SlotSize.rows` are slots,
+        and the others lie across them. Raises RuntimeError once the pool is closed."""
+        found = self._slots_of.get(size)
+        if found is None:
+            found, cut = self.slots, self.slabs.sizes[size]
+            if cut.num_bytes < self.slot_bytes:
+                num_rows = (self.slabs.num_bytes - cut.num_bytes) // cut.unit + 1
+                found = found.as_strided((num_rows, cut.num_bytes), (cut.unit, 1))
+            self._slots_of[size] = found
+        return found
 
     @property
     def pinned(self) -> bool:
@@ -177,6 +212,7 @@ class HostPool:
         """
         self._pinned = False
         self._slots = None
+        self._slots_of.clear()
         if self._preparation is not None:
             self._dropped.detach()
             self._preparation.close()

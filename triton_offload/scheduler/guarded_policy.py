@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -21,7 +21,7 @@ _METHODS = [name for name in vars(EvictionPolicy) if not name.startswith("_")]
 
 
 def make_policy(
-    policy: PolicyChoice, capacity: int, held: Container[Key]
+    policy: PolicyChoice, capacity: int, held: Mapping[Key, object]
 ) -> LRUPolicy | ARCPolicy | GuardedPolicy:
     """The policy for a pool of `capacity` chunks; `held` answers for ever which keys it holds.
 
@@ -47,7 +47,7 @@ class GuardedPolicy:
     every eviction raises RuntimeError that names the policy and the wrong, until `clear`.
     """
 
-    def __init__(self, make: PolicyMaker, capacity: int, held: Container[Key]) -> None:
+    def __init__(self, make: PolicyMaker, capacity: int, held: Mapping[Key, object]) -> None:
         self._make, self._capacity, self._held = make, capacity, held
         self._name = getattr(make, "__qualname__", None) or shown(make)
         self._wrong: str | None = None
@@ -95,6 +95,13 @@ class GuardedPolicy:
 
     def release(self, keys: Sequence[Key]) -> None:
         self._call("release", tuple(keys))
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        """Evicts these keys; by `evict` where the policy has no such method."""
+        if hasattr(self._policy, "drop"):
+            self._call("drop", tuple(keys))
+        elif keys:
+            self.evict(len(keys), self._held.keys() - keys)
 
     def clear(self) -> None:
         """Forgets every key; after a wrong with a policy that is made anew."""

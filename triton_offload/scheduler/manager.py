@@ -23,11 +23,12 @@ from triton_offload.scheduler.base import (
     PrepareStoreOutput,
 )
 from triton_offload.scheduler.chunks import positions
-from triton_offload.scheduler.free_slots import FreeSlots
-from triton_offload.scheduler.guarded_policy import make_policy
 from triton_offload.scheduler.order import Key
 from triton_offload.scheduler.orphans import Orphans
 from triton_offload.scheduler.policies import PolicyChoice
+from triton_offload.scheduler.room import Room, RoomOfOneSize
+from triton_offload.scheduler.shared_room import SharedRoom
+from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction
 
 __all__ = [
@@ -40,7 +41,8 @@ __all__ = [
 
 
 class CPUOffloadingManager(OffloadingManager):
-    """A pool of `num_chunks` slots in host memory, with LRU, ARC or a policy of your own.
+    """A pool of `num_chunks` slots in host memory, with LRU, ARC or a policy of your own. Where
+    its slots differ in size, it is given as `Slabs`, and `num_chunks` is the most that it holds.
 
     Lookup, touch, prepare, complete and eviction are O(1) per key (freed slots are sorted
     within one call), reset is O(1) per chunk that it drops. Events are kept until they are taken,
@@ -57,6 +59,10 @@ class CPUOffloadingManager(OffloadingManager):
     are completed. A completion that does not name its `slots` counts for the oldest chunk of its
     key that such a transfer is under way for.
 
+    Of several sizes, that chunk leaves next which the policy names of all, whatever its size.
+    With one of another size than is needed leaves all that lies in its slab, unless some of that is
+    in use; then another goes.
+
     `policy`: "lru", "arc", or what makes an `EvictionPolicy` of the number of chunks. One that
     raises, or names what may not be evicted, is asked no more: `prepare_store` raises RuntimeError
     where it would evict, until a `reset`, and everything else works on.
@@ -67,44 +73,54 @@ class CPUOffloadingManager(OffloadingManager):
 
     def __init__(
         self,
-        num_chunks: SupportsIndex,
+        num_chunks: SupportsIndex | Slabs,
         policy: PolicyChoice = "lru",
         blocks_per_chunk: SupportsIndex = 1,
         enable_events: bool = False,
     ) -> None:
-        num_chunks = as_integer("num_chunks", num_chunks, 1)
+        self._room: Room
+        if isinstance(num_chunks, Slabs) and len(num_chunks.sizes) > 1:
+            self._room = SharedRoom(num_chunks, policy)
+        else:
+            number = num_chunks.num_slots if isinstance(num_chunks, Slabs) else num_chunks
+            self._room = RoomOfOneSize(as_integer("num_chunks", number, 1), policy)
         blocks_per_chunk = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
-        self._num_chunks = num_chunks
         self._every_block = (1 << blocks_per_chunk) - 1
         # What is known of chunks lies in dicts by key, not in an object per chunk: so most calls
         # deal with all their keys inside one call of a dict. Only the first has every chunk.
-        self._slot_of: dict[Key, int] = {}
-        self._policy = make_policy(policy, num_chunks, self._slot_of)
+        self._slot_of, self._policy = self._room.slot_of, self._room.policy
         self._partial: dict[Key, int] = {}  # blocks that can be loaded, where some but not all can
         self._storing: dict[Key, int] = {}  # blocks that the store under way writes
         self._loading: dict[Key, int] = {}  # number of loads under way
-        self._num_busy = 0  # chunks that are loading or storing
         self._orphans = Orphans()
-        self._slots = FreeSlots(num_chunks)
         # Specs of new chunks share its head: numpy takes 2 us to make so few flags anew.
-        self._all_fresh = np.ones(num_chunks, dtype=np.bool_)
+        self._all_fresh = np.ones(self._room.most_chunks, dtype=np.bool_)
         self._all_fresh.flags.writeable = False
         self._events: list[OffloadingEvent] | None = [] if enable_events else None
 
     @property
     def num_chunks(self) -> int:
-        """Slots of the pool."""
-        return self._num_chunks
+        """Chunks that the pool has room for; where sizes differ, of the smallest."""
+        return self._room.most_chunks
 
     @property
     def num_used(self) -> int:
         """Slots that aren't free: chunks, and what transfers older than a reset still use."""
-        return self._num_chunks - len(self._slots)
+        return self._room.num_used
+
+    def used_by_size(self) -> list[int]:
+        """`num_used` of each size."""
+        return self._room.used_by_size()
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes that no chunk can take, since other sizes' slots leave them over."""
+        return self._room.wasted_bytes
 
     @property
     def num_pinned(self) -> int:
         """Used slots that can't be evicted now, since a transfer reads or writes them."""
-        return self._num_busy + len(self._orphans)
+        return self._room.num_pinned
 
     def lookup_state(self, key: Key) -> ChunkState:
         """Tells a key that is still being stored from one that is missing."""
@@ -144,8 +160,9 @@ class CPUOffloadingManager(OffloadingManager):
         self._policy.touch([key for key in keys if key in slot_of], pending)
 
     def prepare_store(
-        self, keys: Sequence[Key], blocks: Sequence[int] | None = None
+        self, keys: Sequence[Key], blocks: Sequence[int] | None = None, *, size: int = 0
     ) -> PrepareStoreOutput | None:
+        """`size`: which of the pool's sizes the slots of these chunks have, and always have."""
         to_write = self._blocks_offered(keys, blocks)
         known = self._slot_of.keys() & to_write.keys()
         extended: Sequence[Key] = ()
@@ -154,22 +171,26 @@ class CPUOffloadingManager(OffloadingManager):
         if known:
             extended, pending, num_idle = self._take_out_written(keys, known, to_write)
         num_new = len(keys) - len(known)
-        evicted = self._make_room(num_new, known, num_idle)
+        storing, loading = self._storing, self._loading
+        busy = (storing.keys(), loading.keys()) if storing or loading else ()
+        evicted = self._room.make(num_new, size, known, num_idle, busy)
         if evicted is None:
             return None
+        if evicted:
+            for key in evicted if self._partial else ():
+                self._partial.pop(key, None)
+            self._record(evicted, removed=True)
 
         keys_to_store = tuple(to_write)
         new = [key for key in to_write if key not in known] if extended else keys_to_store
-        slots, fresh = self._slots.take(num_new), self._all_fresh[:num_new]
-        self._slot_of.update(zip(new, slots, strict=True))
+        slots, fresh = self._room.place(new, size), self._all_fresh[:num_new]
         self._policy.admit(new)
         if extended:
             slots = [self._slot_of[key] for key in to_write]
             fresh = np.array([key not in known for key in to_write])
-            self._num_busy += sum(key not in self._loading for key in extended)
+            self._room.pin([key for key in extended if key not in loading])
         if known:
             self._policy.refresh(keys)
-        self._num_busy += num_new
         self._storing.update(to_write)
         return PrepareStoreOutput(
             keys_to_store=keys_to_store,
@@ -211,26 +232,6 @@ class CPUOffloadingManager(OffloadingManager):
                 pending.append(key)
         return extended, pending, num_idle
 
-    def _make_room(self, num_new: int, kept: Set[Key], num_idle: int) -> Sequence[Key] | None:
-        """Evict what so many new chunks need, but none of `kept`, of which `num_idle` could go.
-
-        Returns the evicted; None where there is no such room, and nothing has changed then.
-        """
-        num_free = len(self._slots)
-        num_to_evict = num_new - num_free
-        if num_to_evict <= 0:
-            return ()
-        if num_to_evict > self._num_chunks - num_free - self.num_pinned - num_idle:
-            return None
-        storing, loading = self._storing, self._loading
-        busy = (storing.keys(), loading.keys()) if storing or loading else ()
-        evicted = self._policy.evict(num_to_evict, kept, busy)
-        self._slots.put(map(self._slot_of.pop, evicted))
-        for key in evicted if self._partial else ():
-            self._partial.pop(key, None)
-        self._record(evicted, removed=True)
-        return evicted
-
     def complete_store(
         self, keys: Sequence[Key], success: bool = True, *, slots: Sequence[int] | None = None
     ) -> None:
@@ -240,15 +241,16 @@ class CPUOffloadingManager(OffloadingManager):
         # A mask of every block is a first store, and whole chunks are the common case.
         if not success or masks.count(self._every_block) < len(masks):
             stored, idle = self._end_parts(live, masks if success else ())
-        self._num_busy -= len(stored) + len(idle)
         if idle:
             self._policy.release(idle)
+            self._room.unpin(idle)
         if success:
             self._policy.land(stored)
+            self._room.unpin(stored)
             self._record(stored, removed=False)
         else:
             self._policy.remove(stored)
-            self._slots.put(map(self._slot_of.pop, stored))
+            self._room.take_back(stored)
 
     def _end_stores(
         self, keys: Sequence[Key], slots: Sequence[int] | None
@@ -266,7 +268,7 @@ class CPUOffloadingManager(OffloadingManager):
             wrong = next(key for key in live if key not in storing)
             raise ValueError(f"keys: expected keys that are being stored, got {wrong!r}")
         if older:
-            self._slots.put(older.complete(keys, Direction.STORE, slots))
+            self._room.free_pinned(older.complete(keys, Direction.STORE, slots))
         return live, list(map(storing.pop, live))
 
     def _end_parts(
@@ -292,13 +294,13 @@ class CPUOffloadingManager(OffloadingManager):
         masks, loading = self._masks(keys, blocks), self._loading
         if (length := self._lookup(keys, masks)) < len(keys):
             raise self._refusal(keys[length], masks[length])
-        storing, num_idle = self._storing, 0
+        storing, idle = self._storing, []
         for key in keys:
             num_loads = loading.get(key, 0)
             if not num_loads and key not in storing:
-                num_idle += 1
+                idle.append(key)
             loading[key] = num_loads + 1
-        self._num_busy += num_idle
+        self._room.pin(idle)
         return CPULoadStoreSpec(np.array([self._slot_of[key] for key in keys], dtype=np.int64))
 
     def complete_load(self, keys: Sequence[Key], *, slots: Sequence[int] | None = None) -> None:
@@ -317,9 +319,9 @@ class CPUOffloadingManager(OffloadingManager):
             elif key not in storing:
                 idle.append(key)
         if older:
-            self._slots.put(older.complete(keys, Direction.LOAD, slots))
-        self._num_busy -= len(idle)
+            self._room.free_pinned(older.complete(keys, Direction.LOAD, slots))
         self._policy.release(idle)
+        self._room.unpin(idle)
 
     def take_events(self) -> list[OffloadingEvent]:
         events, self._events = self._events or [], None if self._events is None else []
@@ -331,14 +333,9 @@ class CPUOffloadingManager(OffloadingManager):
         for key in busy:
             num_stores, num_loads = int(key in self._storing), self._loading.get(key, 0)
             self._orphans.add(key, self._slot_of[key], num_stores, num_loads)
-        if self._orphans:
-            idle = (slot for key, slot in self._slot_of.items() if key not in busy)
-            self._slots.put(sorted(idle, reverse=True))
-        else:
-            self._slots.reset()
-        for known in (self._slot_of, self._partial, self._storing, self._loading):
+        self._room.reset(busy)
+        for known in (self._partial, self._storing, self._loading):
             known.clear()
-        self._num_busy = 0
         self._policy.clear()
         self._record(dropped, removed=True)
 
@@ -374,7 +371,6 @@ class CPUOffloadingManager(OffloadingManager):
         keys = self._slot_of.keys()
         busy = self._storing.keys() | self._loading.keys()
         assert busy <= keys
-        assert self._num_busy == len(busy)
         assert self._partial.keys() <= keys
         assert all(0 < blocks < self._every_block for blocks in self._partial.values())
         for key, mask in self._storing.items():
@@ -384,8 +380,7 @@ class CPUOffloadingManager(OffloadingManager):
             assert num_loads > 0
             assert self._loadable(key)
         self._orphans._check()
-        self._slots._check(used=[*self._slot_of.values(), *self._orphans.slots])
-        self._policy._check(keys, busy)
+        self._room._check(busy, self._orphans.slots)
 
     def _pins(self) -> tuple[Counter[Key], Counter[Key]]:
         """How many loads and stores hold each key, chunks that a reset dropped included."""

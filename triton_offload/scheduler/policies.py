@@ -38,6 +38,10 @@ class EvictionPolicy(Protocol):
     are O(1) per key, but for chunks that were in use when their turn came: these cost O(log of
     their number), once.
 
+    A method `drop(keys)`, if there is one, removes these keys, which are neither busy nor pending,
+    as `evict` would: where chunks differ in size, all that lies in one place may have to leave.
+    Without it `evict` is called with all others as `protected`, which costs O(all keys).
+
     A method `_check(keys, busy)` that asserts what should hold, if there is one, is called in tests
     with every key that is known.
     """
@@ -112,6 +116,9 @@ class LRUPolicy:
 
     def release(self, keys: Sequence[Key]) -> None:
         self._order.release(keys)
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        self.remove(keys)
 
     def clear(self) -> None:
         self._order.clear()
@@ -233,6 +240,17 @@ class ARCPolicy:
     def release(self, keys: Sequence[Key]) -> None:
         self._recent.release(keys)
         self._frequent.release(keys)
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        self._recent.recall(keys)
+        self._frequent.recall(keys)
+        for key in keys:
+            if key in self._frequent.keys:
+                del self._frequent.keys[key]
+                self._ghost_frequent[key] = None
+            else:
+                del self._recent.keys[key]
+                self._ghost_recent[key] = None
 
     def clear(self) -> None:
         for keys in (self._recent, self._frequent, self._ghost_recent, self._ghost_frequent):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from triton_offload.slabs import Slabs
+from triton_offload.transfer.last_jobs import Cuts
 from triton_offload.transfer.layout import CacheLayout, GroupLayout, GroupRun
 
 # What a slot holds beside a group's chunk, counted from the end of a list with one entry per group:
@@ -35,10 +37,11 @@ class SlotContents:
     `other_writers`: there are others who write to slots, so that nobody knows, ever.
     """
 
-    def __init__(self, layout: CacheLayout, num_slots: int, *, other_writers: bool = False) -> None:
+    def __init__(self, layout: CacheLayout, slabs: Slabs, *, other_writers: bool = False) -> None:
         # The group whose chunk each slot holds, or one of the two above.
-        self._holder = np.full(num_slots, _MIXED if other_writers else _ZEROS, dtype=np.int64)
+        self._holder = np.full(slabs.num_slots, _MIXED if other_writers else _ZEROS, dtype=np.int64)
         self._knows = not other_writers
+        self._cuts = Cuts(slabs)
         # [group, holder]: whether a store of a whole chunk of the group leaves a byte of what the
         # slot held; the last two columns are those of _MIXED and _ZEROS.
         edges = np.array([[not _fills(group, layout), False] for group in layout.groups])
@@ -47,6 +50,9 @@ class SlotContents:
     def store(self, run: GroupRun) -> SlotMarks:
         """A store of this run is queued now: what it must clear. From here on its slots hold it."""
         group, partial = run.group.index, run.partial_chunks()
+        for old, new in self._cuts.use(run.group.size, run.slot_ids):
+            unused = (self._holder[old] == _ZEROS).all()
+            self._holder[new] = _ZEROS if unused else _MIXED
         holder = self._holder[run.slot_ids]
         stale = self._leaves[group][holder]
         all_fresh = run.fresh is not None and np.count_nonzero(run.fresh) == len(holder)
@@ -79,9 +85,10 @@ class SlotContents:
 
 def _fills(group: GroupLayout, layout: CacheLayout) -> bool:
     """Whether a whole chunk of the group is all that the layout has of its slot."""
+    if layout.own_ranges is None:
+        return group.fills_slot
     covered = sum(part.num_bytes for part in group.byte_ranges)
-    own = layout.own_ranges or ((0, layout.slot_bytes),)
-    return covered == sum(size for _, size in own) and not group.has_gaps
+    return covered == sum(size for _, size in layout.own_ranges) and not group.has_gaps
 
 
 def _places(flags: npt.NDArray[np.bool_]) -> tuple[int, ...]:

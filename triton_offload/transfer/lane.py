@@ -202,7 +202,7 @@ class Lane:
             self._start(job, path)
         # Only now: of what is cancelled or refused before this, the slots keep what they held.
         marks = self._contents.store(run) if self._contents is not None else SlotMarks()
-        ids = self._indices.take(run.block_ids, run.slot_ids)
+        ids = self._indices.take(run.block_ids, run.rows)
         assert ids is not None
         segment = Segment(run, ids[0], ids[1], marks)
         error = self._try(job, segment, path)

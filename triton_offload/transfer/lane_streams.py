@@ -52,7 +52,7 @@ class LaneStreams:
         self.device = device
         self.pool = pool
         self.direction = direction
-        self._own_ranges = layout.own_ranges or ((0, pool.slot_bytes),)
+        self._own_ranges = layout.own_ranges
         self._ring = StagingRing(device, num_buffers, buffer_bytes)
         self._zeros = device.empty(min(_ZEROS_BYTES, pool.slot_bytes))
         self._places = device.empty_indices(MOST_COPIES)  # no staged segment has more chunks
@@ -91,7 +91,7 @@ class LaneStreams:
         """Do ahead of the first transfer what blocks the host."""
         for group in groups:
             self.device.prepare(group.packed, self._ring.take().slots(group.packed))
-            self.device.prepare(group.table, self.pool.slots)
+            self.device.prepare(group.table, self.pool.slots_of(group.size))
 
     def settle(self) -> tuple[Event, ...]:
         """Let each stream follow all that is queued on the other so far.
@@ -163,12 +163,16 @@ class LaneStreams:
             ops += 1
         return ops
 
+    def slot(self, run: GroupRun, chunk: int) -> torch.Tensor:
+        """uint8 [slot_bytes]: that of one of the run's chunks."""
+        return self.pool.slots_of(run.group.size)[int(run.rows[chunk])]
+
     def clear(self, segment: Segment, stream: Stream, chunks: tuple[int, ...]) -> int:
         """Zero what is ours of these slots, so that no byte of an earlier chunk stays readable."""
         pairs: list[Pair] = []
         for chunk in dict.fromkeys(chunks):
-            slot = self.pool.slots[int(segment.run.slot_ids[chunk])]
-            for offset, size in self._own_ranges:
+            slot = self.slot(segment.run, chunk)
+            for offset, size in self._own_ranges or ((0, slot.shape[0]),):
                 pairs.extend(zeros_over(slot[offset : offset + size], self._zeros))
         for part, zeros in pairs:
             self.device.copy(part, zeros, stream)

@@ -99,7 +99,9 @@ class Layers:
             pages = group.table.pages
             refs = [(row, pages[row].page_bytes) for row, i in enumerate(members) if i in tensors]
             if refs:
-                found[group.index] = GroupLayout.of(group.index, group.table.group(refs))
+                found[group.index] = GroupLayout.of(
+                    group.index, group.table.group(refs), group.size
+                )
         return found
 
 

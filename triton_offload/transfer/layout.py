@@ -14,6 +14,7 @@ import torch
 from triton_offload.kernels.arguments import shown
 from triton_offload.kernels.fragments import Fragment, fragment_table
 from triton_offload.kernels.table import ByteRange, PageTable, check_ids, merged_ranges
+from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 
 KVCaches: TypeAlias = Iterable[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -24,7 +25,8 @@ class GroupLayout:
     """One KV cache group: its pages in the slot, and in a staging buffer.
 
     `table` places the pages in a slot of the host pool; `packed` places them in a staging buffer,
-    where only the group's own tensors take room; `byte_ranges` are what the two share.
+    where only the group's own tensors take room; `byte_ranges` are what the two share. `size`:
+    which of the pool's sizes (`triton_offload.slabs`) its slots have.
     `has_gaps`: pages are padded, so that a range has bytes that no page of the group owns.
     `columns`: int64 [5, tensors], of the table's pages their address in block 0, bytes between
     blocks, page bytes, offset in the slot, and bytes between pages in the slot. `range_columns`:
@@ -38,9 +40,10 @@ class GroupLayout:
     has_gaps: bool
     columns: Ids
     range_columns: Ids
+    size: int = 0
 
     @classmethod
-    def of(cls, index: int, table: PageTable) -> GroupLayout:
+    def of(cls, index: int, table: PageTable, size: int = 0) -> GroupLayout:
         rows = [
             (page.view.data_ptr(), page.block_stride, page.page_bytes, page.offset, page.pitch)
             for page in table.pages
@@ -50,7 +53,12 @@ class GroupLayout:
         ranges = [(r.slot_offset, r.packed_offset, r.num_bytes) for r in table.byte_ranges]
         range_columns = np.array(ranges, dtype=np.int64).T.copy()
         packed = table.packed()
-        return cls(index, table, packed, table.byte_ranges, gaps, columns, range_columns)
+        return cls(index, table, packed, table.byte_ranges, gaps, columns, range_columns, size)
+
+    @property
+    def fills_slot(self) -> bool:
+        """Whether a whole chunk leaves no byte of its slot as it was."""
+        return not self.has_gaps and self.packed.slot_bytes == self.table.slot_bytes
 
 
 class CacheLayout:
@@ -63,6 +71,8 @@ class CacheLayout:
     `groups[g]`: `(tensor index, page bytes)` for every page of the group's blocks; page bytes may
     be less than the tensor's page where the engine pads it. None: one group of all tensors.
     Groups may name the same tensor, a group names each once.
+    `packed`: a group's slots have its own pages alone, so that they differ in size; else every slot
+    has a place for all tensors, as vLLM's have.
 
     Raises ValueError that names the argument.
     """
@@ -72,8 +82,10 @@ class CacheLayout:
         kv_caches: KVCaches,
         blocks_per_chunk: int = 1,
         groups: Sequence[Sequence[tuple[int, int]]] | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
-        self._fill(PageTable(kv_caches, blocks_per_chunk, name="kv_caches"), groups)
+        self._fill(PageTable(kv_caches, blocks_per_chunk, name="kv_caches"), groups, packed)
 
     @classmethod
     def named(
@@ -82,8 +94,8 @@ class CacheLayout:
         blocks_per_chunk: int = 1,
         groups: Sequence[Sequence[int | str]] | None = None,
     ) -> CacheLayout:
-        """The layout with whole pages: `groups[g]` are the tensors of the group, by index (list)
-        or name (dict)."""
+        """The packed layout with whole pages: `groups[g]` are the tensors of the group, by index
+        (list) or name (dict)."""
         table = PageTable(kv_caches, blocks_per_chunk, name="kv_caches")
         names = list(kv_caches) if isinstance(kv_caches, Mapping) else range(len(table.pages))
         refs: list[list[tuple[int, int]]] | None = None
@@ -97,7 +109,7 @@ class CacheLayout:
                 for g, group in enumerate(listed("groups", groups))
             ]
         layout = cls.__new__(cls)
-        layout._fill(table, refs)
+        layout._fill(table, refs, packed=True)
         return layout
 
     @classmethod
@@ -123,13 +135,15 @@ class CacheLayout:
             for each in group:
                 pages[each.tensor] = pages.get(each.tensor, 0) + each.num_bytes
         layout = cls.__new__(cls)
-        layout._take(table, tables, members)
+        layout._take(table, tables, members, packed=False)
         own = merged_ranges((row for each in tables for row in each.pages), blocks_per_chunk)
         layout.own_ranges = tuple((part.slot_offset, part.num_bytes) for part in own)
         layout.leaves_stale = ~np.eye(len(groups), dtype=np.bool_)
         return layout
 
-    def _fill(self, table: PageTable, groups: Sequence[Sequence[tuple[int, int]]] | None) -> None:
+    def _fill(
+        self, table: PageTable, groups: Sequence[Sequence[tuple[int, int]]] | None, packed: bool
+    ) -> None:
         if groups is None:
             tables = [table]
             members = [{i: page.page_bytes for i, page in enumerate(table.pages)}]
@@ -145,17 +159,27 @@ class CacheLayout:
                 if len(pages) != len(group):
                     twice = [i for i, _ in group]
                     raise ValueError(f"groups[{g}]: expected each tensor once, got {twice}")
-        self._take(table, tables, members)
+        self._take(table, tables, members, packed)
 
     def _take(
-        self, table: PageTable, tables: list[PageTable], members: list[dict[int, int]]
+        self,
+        table: PageTable,
+        tables: list[PageTable],
+        members: list[dict[int, int]],
+        packed: bool,
     ) -> None:
         self.blocks_per_chunk = table.blocks_per_chunk
-        self.slot_bytes = tables[0].slot_bytes
         self.device = table.device
         #: (offset, bytes) of what is this layout's of a slot; None: all of it
         self.own_ranges: tuple[tuple[int, int], ...] | None = None
-        self.groups = tuple(GroupLayout.of(i, table) for i, table in enumerate(tables))
+        if packed:
+            tables = [table.packed() for table in tables]
+        #: bytes of the groups' slots, each size once
+        self.slot_sizes = list(dict.fromkeys(table.slot_bytes for table in tables))
+        self.groups = tuple(
+            GroupLayout.of(i, table, self.slot_sizes.index(table.slot_bytes))
+            for i, table in enumerate(tables)
+        )
         #: the tensors of each group, in the order of its table's pages
         self.members = tuple(tuple(group) for group in members)
         # Groups whose blocks may be the same bytes: a load must not write one twice.
@@ -171,6 +195,14 @@ class CacheLayout:
                 for new in members
             ]
         )
+        if packed:  # where groups share slots, their pages do not lie side by side
+            gaps = np.array([not group.fills_slot for group in self.groups])
+            self.leaves_stale = gaps[:, None] & ~np.eye(len(gaps), dtype=np.bool_)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot; where sizes differ, of the largest."""
+        return max(self.slot_sizes)
 
     def plan(
         self,
@@ -204,6 +236,7 @@ class CacheLayout:
                 GroupRun(
                     group,
                     device_spec.block_ids[block : block + size],
+                    slot_ids[chunk : chunk + chunks],
                     slot_ids[chunk : chunk + chunks],
                     first,
                     None if fresh is None else fresh[chunk : chunk + chunks],
@@ -241,11 +274,21 @@ class CacheLayout:
                     )
 
 
+def place(runs: Sequence[GroupRun], slabs: Slabs) -> list[GroupRun]:
+    """The runs of a job with the rows of their slots, where the pool has slots of several sizes.
+
+    Raises ValueError for slots of another size than the group's, or that lie across others.
+    """
+    slabs.check_apart([(run.group.size, run.slot_ids) for run in runs])
+    return [run._replace(rows=slabs.rows(run.group.size, run.slot_ids)) for run in runs]
+
+
 class GroupRun(NamedTuple):
     """A job's consecutive blocks of one group, with the slots that hold their chunks.
 
     Block i of the run lies in `slot_ids[(first + i) // B]` at position `(first + i) % B`, with
-    `first < B` the place of the run's first block in its first chunk.
+    `first < B` the place of the run's first block in its first chunk. `rows`: where these slots lie
+    among all of their size (`SlotSize.rows`); the ids themselves where there is one size.
 
     A tuple, for a job makes one for each segment, and a frozen dataclass takes 2.5 times as long.
     """
@@ -253,6 +296,7 @@ class GroupRun(NamedTuple):
     group: GroupLayout
     block_ids: Ids
     slot_ids: Ids
+    rows: Ids
     first: int
     fresh: npt.NDArray[np.bool_] | None
 
@@ -281,6 +325,7 @@ class GroupRun(NamedTuple):
                 self.group,
                 self.block_ids[blocks],
                 self.slot_ids[chunk:end],
+                self.rows[chunk:end],
                 self.first if chunk == 0 else 0,
                 None if self.fresh is None else self.fresh[chunk:end],
             )

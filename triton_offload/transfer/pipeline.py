@@ -26,8 +26,6 @@ from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 from typing import cast
 
-import numpy as np
-
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
 from triton_offload.device.base import WHERE, Stream
@@ -38,8 +36,9 @@ from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.last_jobs import LastJobs
 from triton_offload.transfer.layers import Layers
-from triton_offload.transfer.layout import CacheLayout, GroupLayout
+from triton_offload.transfer.layout import CacheLayout, GroupLayout, place
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
 
 _log = logging.getLogger(__name__)
@@ -71,10 +70,13 @@ class Pipeline:
     ) -> None:
         """`lanes`: those that jobs will come for; the others take no memory, and no jobs."""
         options = options or PipelineOptions()
-        if pool.slot_bytes < layout.slot_bytes:
-            raise ValueError(
-                f"pool: expected slots of at least {layout.slot_bytes} bytes, got {pool.slot_bytes}"
-            )
+        for group in layout.groups:
+            slots = pool.slabs.sizes[group.size : group.size + 1]
+            if not slots or slots[0].num_bytes < group.table.slot_bytes:
+                raise ValueError(
+                    f"pool: expected slots of at least {group.table.slot_bytes} bytes, "
+                    f"got {slots[0].num_bytes if slots else 'none'}"
+                )
         self._device: Device = pool.device
         self._deferred: Deferred | None = None
         if self._device.blocks_on_pageable and not pool.pinned:
@@ -84,16 +86,15 @@ class Pipeline:
         self._lock = threading.RLock()
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
-        self._num_slots = pool.num_slots
+        self._slabs = pool.slabs
         table = options.paths or self._device.default_paths
         if options.path is not None:
             table = PathTable(Path(options.path))
         buffer_bytes = max(
             options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
         )
-        contents = SlotContents(layout, pool.num_slots, other_writers=pool.has_other_writers)
-        # The last job of each lane on each slot, by the lane's count of jobs; 0: none.
-        self._last_on_slot = {name: np.zeros(pool.num_slots, dtype=np.int64) for name in LANES}
+        contents = SlotContents(layout, pool.slabs, other_writers=pool.has_other_writers)
+        self._last_jobs = LastJobs(LANES, pool.slabs)
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
         self._lanes: dict[str, Lane] = {}  # those that are not closed
@@ -148,7 +149,9 @@ class Pipeline:
         stream captures a graph or after `shutdown`; nothing is queued then.
         """
         self._device.check_stream(stream)
-        runs = self._open_layout().plan(direction, device_spec, host_spec, self._num_slots)
+        runs = self._open_layout().plan(direction, device_spec, host_spec, self._slabs.num_slots)
+        if len(self._slabs.sizes) > 1:
+            runs = place(runs, self._slabs)
         if self._device.capturing(stream):
             which = "the current stream" if stream is None else "stream"
             raise RuntimeError(
@@ -171,7 +174,7 @@ class Pipeline:
             after = self._order_on_slots(name, host_spec.slot_ids)
             job = self._lanes[name].submit(job_id, runs, compute, after)
             job.run_of_layer = run_of_layer
-            self._last_on_slot[name][host_spec.slot_ids] = job.sequence
+            self._last_jobs.note(name, host_spec.slot_ids, job.sequence)
             self._jobs_of_lane[name][job.sequence] = job
             self._pump()
             if any(lane.has_backlog for lane in self._lanes.values()):
@@ -235,7 +238,7 @@ class Pipeline:
     def wait_for_slots(self, slot_ids: Ids, *, writing: bool) -> None:
         """Block until the jobs submitted so far that write these slots have ended, and where
         `writing` those that read them too. Slots that the pool does not have are nobody's."""
-        known = slot_ids[(slot_ids >= 0) & (slot_ids < self._num_slots)]
+        known = slot_ids[(slot_ids >= 0) & (slot_ids < self._slabs.num_slots)]
         with self._lock:
             jobs = self._order_on_slots("store" if writing else "load", known)
         for job in jobs:
@@ -368,17 +371,15 @@ class Pipeline:
                 )
 
     def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
-        """Ordering rule 6: the jobs that must be done with these slots first.
-
-        A lane's jobs end in order, so that its last one on any of the slots stands for all.
-        """
+        """Ordering rule 6: the jobs that must be done with these slots first."""
         after: list[Job] = []
         if len(slot_ids) == 0:
             return after
+        self._last_jobs.use(slot_ids)
         for other in list(self._lanes) if name == "store" else ["store"]:
             under_way = self._jobs_of_lane[other]
             if under_way:
-                job = under_way.get(int(self._last_on_slot[other][slot_ids].max()))
+                job = under_way.get(self._last_jobs.on(other, slot_ids))
                 if job is not None:
                     after.append(job)
         return after
@@ -398,7 +399,7 @@ class Pipeline:
                 under_way = {work.job.sequence for work in lane._in_flight if work.ends}
                 under_way.update(job.sequence for job in lane._backlog)
                 assert self._jobs_of_lane[name].keys() == under_way, "a job is lost"
-                assert (self._last_on_slot[name] <= lane._sequence).all()
+                self._last_jobs._check(name, lane._sequence)
                 if lane._contents is not None:
                     lane._contents._check()
             ended = [job for jobs in self._finished.values() for job in jobs]

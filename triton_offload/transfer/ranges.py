@@ -31,18 +31,19 @@ class ChunkRanges(NamedTuple):
     def of(cls, run: GroupRun, pool: HostPool, skip: tuple[int, ...] = ()) -> ChunkRanges:
         """Of the run's chunks but `skip`; no range crosses a piece of the pool that is pinned on
         its own."""
-        slot_ids = run.slot_ids
-        breaks = np.empty(len(slot_ids) + 1, dtype=np.bool_)
+        rows, size = run.rows, pool.slabs.sizes[run.group.size]
+        breaks = np.empty(len(rows) + 1, dtype=np.bool_)
         breaks[0] = breaks[-1] = True
-        np.not_equal(slot_ids[1:] - slot_ids[:-1], 1, out=breaks[1:-1])
+        np.not_equal(rows[1:] - rows[:-1], size.step, out=breaks[1:-1])
         for chunk in skip:
             breaks[chunk : chunk + 2] = True
         edges = breaks.nonzero()[0]
         # Asked of ranges first: the remainders of all slots take as long as all the rest here.
-        if pool.piece_slots < pool.num_slots and len(edges) <= len(slot_ids):
-            begins = slot_ids[edges[:-1]] % pool.piece_slots
-            if np.count_nonzero(begins + (edges[1:] - edges[:-1]) > pool.piece_slots):
-                breaks[1:-1] |= slot_ids[1:] % pool.piece_slots == 0
+        if pool.piece_slots < pool.num_slots and len(edges) <= len(rows):
+            piece_rows = pool.piece_slots * size.rows_per_slab
+            begins = rows[edges[:-1]] % piece_rows
+            if np.count_nonzero(begins + (edges[1:] - edges[:-1]) * size.step > piece_rows):
+                breaks[1:-1] |= rows[1:] % piece_rows == 0
                 edges = breaks.nonzero()[0]
         firsts, counts = edges[:-1], edges[1:] - edges[:-1]
         if skip:
@@ -55,19 +56,19 @@ def whole_chunks(
     run: GroupRun, pool: HostPool, staging: torch.Tensor, ranges: ChunkRanges
 ) -> Iterator[Pair]:
     """(slots, staging) rows of the ranges, in copies of at most SLICE_BYTES."""
+    step = pool.slabs.sizes[run.group.size].step
+    slots = pool.slots_of(run.group.size)
     columns = [
         (
-            _columns(pool.slots, part.slot_offset, part.num_bytes),
+            _columns(slots, part.slot_offset, part.num_bytes),
             _columns(staging, part.packed_offset, part.num_bytes),
         )
         for part in run.group.byte_ranges
     ]
-    slots = run.slot_ids[ranges.firsts].tolist()
-    for place, slot, count in zip(
-        ranges.firsts.tolist(), slots, ranges.counts.tolist(), strict=True
-    ):
+    rows = run.rows[ranges.firsts].tolist()
+    for place, row, count in zip(ranges.firsts.tolist(), rows, ranges.counts.tolist(), strict=True):
         for there, here in columns:
-            yield from _slices(there, slot, here, place, count)
+            yield from _slices(there, row, step, here, place, count)
 
 
 def chunk_batches(
@@ -75,7 +76,7 @@ def chunk_batches(
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
     """The run's chunks but `skip` as (slot addresses, staging addresses, sizes) of their byte
     ranges, in batches of whole chunks and at most SLICE_BYTES, which no slot may exceed."""
-    slots = pool.slots.data_ptr() + run.slot_ids * pool.slots.stride(0)
+    slots = _addresses_of(run, pool)
     base, pitch = staging.data_ptr(), staging.stride(0)
     here = np.arange(base, base + len(slots) * pitch, pitch)
     if skip:
@@ -116,7 +117,7 @@ def addresses(run: GroupRun, pool: HostPool) -> tuple[Ids, Ids, Ids]:
     """
     span = run.group.table.blocks_per_chunk
     chunk, position = np.divmod(run.first + np.arange(len(run.block_ids)), span)
-    slot = pool.slots.data_ptr() + run.slot_ids[chunk] * pool.slots.stride(0)
+    slot = _addresses_of(run, pool)[chunk]
     firsts, counts = _followers(run.block_ids, position)
     _, stride, page_bytes, _, pitch = run.group.columns
     gapless = (stride == page_bytes) & (page_bytes == pitch)
@@ -144,20 +145,29 @@ def _followers(block_ids: Ids, position: Ids) -> tuple[Ids, Ids]:
     return firsts, np.diff(np.append(firsts, len(block_ids)))
 
 
+def _addresses_of(run: GroupRun, pool: HostPool) -> Ids:
+    """Of the run's slots."""
+    slots = pool.slots_of(run.group.size)
+    return slots.data_ptr() + run.rows * slots.stride(0)
+
+
 def _columns(rows: torch.Tensor, offset: int, num_bytes: int) -> torch.Tensor:
     return rows if num_bytes == rows.shape[1] else rows[:, offset : offset + num_bytes]
 
 
 def _slices(
-    there: torch.Tensor, slot: int, here: torch.Tensor, place: int, num_rows: int
+    there: torch.Tensor, first: int, step: int, here: torch.Tensor, place: int, num_rows: int
 ) -> Iterator[Pair]:
-    """So many rows from `slot` and from `place` on, in slices."""
+    """So many rows, each `step` after the one before, from `first` on and as many from `place` on,
+    in slices."""
     # Each is cut out at once: a view of a view takes its caller twice the time.
     width = here.shape[1]
     rows = max(1, SLICE_BYTES // width)
     for row in range(0, num_rows, rows):
         end = min(row + rows, num_rows)
-        x, y = there[slot + row : slot + end], here[place + row : place + end]
+        # One more than a multiple of the step: none of what follows need be there.
+        x = there[first + row * step : first + (end - 1) * step + 1 : step]
+        y = here[place + row : place + end]
         if width <= SLICE_BYTES:
             yield x, y
         else:

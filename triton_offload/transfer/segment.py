@@ -20,7 +20,7 @@ class Segment(NamedTuple):
 
     run: GroupRun
     block_ids: torch.Tensor
-    slot_ids: torch.Tensor
+    rows: torch.Tensor
     marks: SlotMarks
 
 

@@ -58,7 +58,7 @@ class Staged(Crossing):
         ops = 6 + streams.clear(segment, copies, segment.marks.stale)
         for chunk in segment.marks.kept:  # ordering rule 8: the slot keeps its other bytes
             begin, end = run.blocks_of_chunk(chunk)
-            slot = streams.pool.slots[int(run.slot_ids[chunk])]
+            slot = streams.slot(run, chunk)
             for ours, theirs in zip(packed.pages, run.group.table.pages, strict=True):
                 there = positions(slot, theirs, begin, end)
                 device.copy(there, positions(staging[chunk], ours, begin, end), copies)

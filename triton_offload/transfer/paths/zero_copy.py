@@ -48,5 +48,6 @@ class ZeroCopy(Crossing):
 def _mapped(
     streams: LaneStreams, segment: Segment
 ) -> tuple[PageTable, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    run, slots = segment.run, streams.pool.slots
-    return run.group.table, segment.block_ids, slots, segment.slot_ids, run.first
+    run = segment.run
+    slots = streams.pool.slots_of(run.group.size)
+    return run.group.table, segment.block_ids, slots, segment.rows, run.first
