@@ -9,9 +9,12 @@ import pytest
 from hypothesis import settings
 
 # How many cases are generated for a test, by `--hypothesis-profile` in the Makefile. Without one it
-# is hypothesis' own 100. A test that needs more takes a multiple of them.
-settings.register_profile("quick", max_examples=20)
-settings.register_profile("deep", max_examples=1000)
+# is hypothesis' own 100. A test that needs more takes a multiple of them. None is timed: a machine
+# may be busy.
+settings.register_profile("untimed", deadline=None)
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("deep", max_examples=1000, deadline=None)
+settings.load_profile("untimed")
 
 # Left out of `make quick`, whole: each takes seconds to start or many to run.
 SLOW_FILES = {

@@ -88,7 +88,14 @@ def test_a_chunk_of_padded_pages_is_never_all_of_its_slot():
         layout = CacheLayout(tensors, 1, groups)
         pages, slot = GPULoadStoreSpec([3], [1], [0]), CPULoadStoreSpec([2], True)
         (run,) = layout.plan(Direction.STORE, pages, slot, 8)
-        assert SlotContents(layout, 8, other_writers=True).store(run).stale == stale
+        assert (
+            SlotContents(
+                layout, Slabs.of(layout.slot_bytes, 8, [layout.slot_bytes]), other_writers=True
+            )
+            .store(run)
+            .stale
+            == stale
+        )
 
 
 @pytest.mark.parametrize(
