@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_world_group
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import PIN_MEMORY
@@ -87,6 +88,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return worker
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
+        _check_hits()
         _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = _layout(kv_caches, self.blocks_per_chunk)
         if layout.slot_bytes > self.cpu_page_size_per_worker:
@@ -172,6 +174,23 @@ def _check_stages(config: Any) -> None:
         raise ValueError(
             "pipeline_parallel_size: expected stages of equally many bytes of KV cache per block, "
             f"got {sizes}, by rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
+        )
+
+
+def _check_hits() -> None:
+    """Raise where the engine would answer wrongly after a load, however right the bytes are.
+
+    Without AMX vLLM's CPU kernels for MLA can't go on from a part of a prompt that is there. Hence
+    vLLM turns its own prefix cache off, but not what a connector finds.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not current_platform.is_cpu() or not config.model_config.use_mla:
+        return
+    if not config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "enable_prefix_caching: expected True for MLA on vLLM's CPU platform, got False, as "
+            "vLLM has it on processors without AMX: answers after a hit are wrong there, and so "
+            "they would be after a load"
         )
 
 
