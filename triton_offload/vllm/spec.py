@@ -203,8 +203,8 @@ def _check_whole_blocks(kv_caches: Any, block_bytes: int) -> None:
     pages = [cache.page_size_bytes for cache in kv_caches.tensors]
     if len(pages) == 1 and pages[0] < block_bytes:
         raise ValueError(
-            f"kv_caches: expected blocks of {block_bytes} bytes, got {pages[0]}: of each vLLM would "
-            "offload no more; VLLM_KV_CACHE_LAYOUT=BLHNC asks for a layout that moves whole"
+            f"kv_caches: expected blocks of {block_bytes} bytes, got {pages[0]}: of each vLLM "
+            "offloads no more; VLLM_KV_CACHE_LAYOUT=BLHNC asks for a layout that moves whole"
         )
 
 
