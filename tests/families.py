@@ -51,7 +51,6 @@ FAMILIES = {
         "GptOssConfig", {**_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
     "olmo3": Family("Olmo3Config", _WINDOWS),
-    "cohere2": Family("Cohere2Config", {**_WINDOWS, "logit_scale": 1.0, "eos_token_id": 1}),
     "llama4": Family(
         "Llama4TextConfig",
         {
