@@ -3,7 +3,7 @@
 First an engine without a connector, then one with, in one process: most of the time is what the
 first one needs to start.
 
-`python tests/family_engine.py FAMILY MODEL OUTPUT`.
+`python tests/family_engine.py FAMILY MODEL OUTPUT [refused]`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from engine import FEW, FEW_TOKENS, one_by_one
 from families import FAMILIES, Family, make_model
 
 from triton_offload.cli.demo import Engine
+
+_EXTRA = {"cpu_bytes_to_use": "64MiB", "blocks_per_chunk": 1}
 
 
 def _start(family: Family, model: Path, extra: dict[str, Any] | None = None) -> Engine:
@@ -45,8 +48,7 @@ def plain(family: Family, model: Path) -> dict[str, Any]:
 
 def connected(family: Family, model: Path) -> dict[str, Any]:
     """Stored, loaded into poisoned pages; then with loads that bring nothing, or flipped bytes."""
-    extra = {"cpu_bytes_to_use": "64MiB", "blocks_per_chunk": 1}
-    engine = _start(family, model, extra)
+    engine = _start(family, model, _EXTRA)
     worker = engine.worker
     stored = one_by_one(engine, FEW, FEW_TOKENS)
     engine.settle()
@@ -70,10 +72,9 @@ def connected(family: Family, model: Path) -> dict[str, Any]:
     }
 
 
-def limit(family: Family, model: Path) -> dict[str, Any]:
-    """What an engine without a connector says that can't run the family."""
+def _error_of(run: Callable[[], object]) -> dict[str, Any]:
     try:
-        plain(family, model)
+        run()
     except Exception as error:
         return {"error": repr(error)}
     return {"error": ""}
@@ -125,13 +126,15 @@ def _count_drafts() -> list[int]:
     return counts
 
 
-def main(name: str, model: str, output: str) -> None:
+def main(name: str, model: str, output: str, refused: str = "") -> None:
     # vllm and what it imports warn about each other; what our own modules do must not warn.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module="triton_offload")
     family, path = FAMILIES[name], make_model(name, Path(model))
-    if family.limit:
-        seen = limit(family, path)
+    if refused:
+        seen = _error_of(lambda: _start(family, path, _EXTRA))
+    elif family.limit:
+        seen = _error_of(lambda: plain(family, path))
     else:
         _keep_prefix_caching()
         speculates = "speculative_config" in family.engine

@@ -22,9 +22,9 @@ _RUNNING = [name for name, family in FAMILIES.items() if not family.limit]
 _LIMITED = [name for name, family in FAMILIES.items() if family.limit]
 
 
-def _run(name: str, folder: Path) -> dict[str, Any]:
+def _run(name: str, folder: Path, *more: str) -> dict[str, Any]:
     output = folder / "output.json"
-    command = [sys.executable, _SCRIPT, name, folder / "model", output]
+    command = [sys.executable, _SCRIPT, name, folder / "model", output, *more]
     done = subprocess.run(
         command, cwd=_SCRIPT.parent.parent, capture_output=True, text=True, timeout=900
     )
@@ -64,3 +64,10 @@ def test_loaded_outputs_equal_those_without_a_connector(name: str, tmp_path: Pat
 def test_what_vllm_itself_can_not_run(name: str, tmp_path: Path) -> None:
     """No connector is there. When this fails, the family can be moved to the others."""
     assert FAMILIES[name].limit in _run(name, tmp_path)["error"]
+
+
+def test_mla_is_refused_where_vllm_answers_wrongly_after_a_hit(tmp_path: Path) -> None:
+    if "amx_tile" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("vLLM's kernels for MLA on processors with AMX answer rightly after a hit")
+    error = _run("deepseek_v2", tmp_path, "refused")["error"]
+    assert "enable_prefix_caching: expected True for MLA" in error

@@ -141,6 +141,8 @@ def test_the_families_differ_as_they_should() -> None:
     pages = {layer: padded.places(layer).shape[1] for layer in padded.caches}
     assert pages["mamba.0"] > pages["attention.0"]
     v4 = laid_out["DeepSeek V4"]
+    replayed = laid_out["DeepSeek V4, windows replayed"]
+    assert len(replayed.groups) < len(replayed.placed.kv_cache_groups)
     assert len({v4.places(layer).shape[1] for layer in v4.caches}) >= 4
     assert len({group.kv_cache_spec.block_size for group in v4.placed.kv_cache_groups}) >= 3
 
@@ -150,3 +152,23 @@ def test_blocks_of_which_vllm_would_move_a_part_are_refused(name: str) -> None:
     laid_out = LaidOut(LOST[name], 2)
     with pytest.raises(ValueError, match=r"kv_caches: expected .* VLLM_KV_CACHE_LAYOUT"):
         laid_out.connect()
+
+
+@pytest.mark.parametrize(
+    ("use_mla", "prefix_caching", "refused"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_mla_is_refused_where_vllm_answers_wrongly_after_a_hit(
+    use_mla: bool, prefix_caching: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out = LaidOut(FAMILIES["MLA with an indexer"], 1)
+    config = laid_out.engine_config
+    config.model_config.use_mla = use_mla
+    config.cache_config.enable_prefix_caching = prefix_caching
+    monkeypatch.setattr(plugin_spec, "get_current_vllm_config_or_none", lambda: config)
+    if refused:
+        with pytest.raises(ValueError, match="enable_prefix_caching: expected True for MLA"):
+            laid_out.connect()
+    else:
+        with _connected(laid_out):
+            pass

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
+    build_offloading_config,
+    get_offloading_group_ids,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
     OffloadingConnectorWorker,
 )
@@ -48,16 +51,16 @@ class LaidOut:
     """A family's caches in memory of their own, and vLLM's connector over our worker."""
 
     def __init__(self, family: Family, blocks_per_chunk: int) -> None:
-        self._config = _engine_config(family.layout)
-        groups = _planning.get_kv_cache_groups(self._config, family.make_layers())
-        self.placed = _planning.get_kv_cache_config_from_groups(self._config, groups, 1 << 40)
+        self.engine_config = _engine_config(family.layout)
+        groups = _planning.get_kv_cache_groups(self.engine_config, family.make_layers())
+        self.placed = _planning.get_kv_cache_config_from_groups(self.engine_config, groups, 1 << 40)
         assert self.placed.num_blocks == BLOCKS
         chunk_bytes = self.placed.kv_cache_tensors[0].size // BLOCKS * blocks_per_chunk
-        self._config.kv_transfer_config.kv_connector_extra_config = {
+        self.engine_config.kv_transfer_config.kv_connector_extra_config = {
             "cpu_bytes_to_use": CHUNKS * (chunk_bytes + 4096),  # vLLM rounds up to pages
             "blocks_per_chunk": blocks_per_chunk,
         }
-        cache_config = self._config.cache_config
+        cache_config = self.engine_config.cache_config
         kernel_tokens = family.kernel_tokens and [family.kernel_tokens] * len(groups)
         self.caches = allocate_kv_cache(
             self.placed,
@@ -67,13 +70,14 @@ class LaidOut:
         )
         storage = next(iter(self.caches.values())).untyped_storage()
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        self.groups = [tuple(group.layer_names) for group in groups]
+        offloaded = [groups[i] for i in get_offloading_group_ids(self.placed)]
+        self.groups = [tuple(group.layer_names) for group in offloaded]
 
     def connect(self) -> Any:
         """Hand the caches to our worker, which is returned, as an engine does."""
-        config = build_offloading_config(self._config, self.placed)
+        config = build_offloading_config(self.engine_config, self.placed)
         spec = TritonOffloadingSpec(config)
-        connector = OffloadingConnectorWorker(spec, self._config, self.placed)
+        connector = OffloadingConnectorWorker(spec, self.engine_config, self.placed)
         connector.register_kv_caches(self.caches)
         return connector.worker
 
@@ -163,8 +167,11 @@ def _indexed_mla() -> dict[str, Any]:
     return layers
 
 
-def _deepseek_v4() -> dict[str, Any]:
-    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla, of four layers."""
+def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
+    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla, of four layers.
+
+    `replayed`: windows are computed anew after a hit, and not offloaded.
+    """
     one_head = {"num_kv_heads": 1, "alignment": 576}
     packed = {
         "head_size": 512,
@@ -176,13 +183,13 @@ def _deepseek_v4() -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for i, tokens_per_state in enumerate((4, 128, 4, 128)):
         layers[f"{i}.window"] = specs.SlidingWindowMLASpec(
-            block_size=64, sliding_window=128, **packed, **one_head
+            block_size=64, sliding_window=128, bounded_replay=replayed, **packed, **one_head
         )
         layers[f"{i}.compressed"] = specs.MLAAttentionSpec(
             block_size=256, tokens_per_state=tokens_per_state, **packed, **one_head
         )
         layers[f"{i}.compressor"] = specs.SlidingWindowMLASpec(
-            block_size=tokens_per_state // 2 if tokens_per_state > 4 else 4,
+            block_size=4 if tokens_per_state == 4 else 8,
             head_size=1024,
             dtype=torch.float32,
             sliding_window=tokens_per_state,
@@ -217,6 +224,9 @@ FAMILIES = {
     "MLA with an indexer, cross-layer blocks": Family("BLHNC", _indexed_mla, whole_blocks=True),
     "pages of an alignment, cross-layer blocks": Family("BLHNC", _aligned, whole_blocks=True),
     "DeepSeek V4": Family("BLHNC", _deepseek_v4, whole_blocks=True),
+    "DeepSeek V4, windows replayed": Family(
+        "BLHNC", lambda: _deepseek_v4(replayed=True), whole_blocks=True
+    ),
 }
 # What vLLM takes for whole blocks, and is not: of each block it would move one page's worth.
 LOST = {

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import vllm
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_world_group
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import PIN_MEMORY
@@ -100,6 +101,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return worker
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
+        _check_hits()
         _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = self._lay_out(kv_caches)
         resources = Closing()
@@ -208,6 +210,23 @@ def _check_stages(config: Any) -> None:
         )
 
 
+def _check_hits() -> None:
+    """Raise where the engine would answer wrongly after a load, however right the bytes are.
+
+    Without AMX vLLM's CPU kernels for MLA can't go on from a part of a prompt that is there. Hence
+    vLLM turns its own prefix cache off, but not what a connector finds.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not current_platform.is_cpu() or not config.model_config.use_mla:
+        return
+    if not config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "enable_prefix_caching: expected True for MLA on vLLM's CPU platform, got False, as "
+            "vLLM has it on processors without AMX: answers after a hit are wrong there, and so "
+            "they would be after a load"
+        )
+
+
 def _check_whole_blocks(kv_caches: Any, block_bytes: int) -> None:
     """Raise where the one tensor that vLLM hands over has a part of each block only.
 
@@ -218,7 +237,7 @@ def _check_whole_blocks(kv_caches: Any, block_bytes: int) -> None:
     if len(pages) == 1 and pages[0] < block_bytes:
         raise ValueError(
             f"kv_caches: expected blocks of {block_bytes} bytes, got {pages[0]}: of each vLLM "
-            "would offload no more; VLLM_KV_CACHE_LAYOUT=BLHNC asks for a layout that moves whole"
+            "offloads no more; VLLM_KV_CACHE_LAYOUT=BLHNC asks for a layout that moves whole"
         )
 
 
