@@ -82,6 +82,7 @@ class Server:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         path = os.pathsep.join(map(str, (folder, ROOT, TESTS)))
         self._log = folder / "log"
+        self._shared: set[Path] = set()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -94,6 +95,8 @@ class Server:
     def __enter__(self) -> Self:
         try:
             wait_until(self.is_healthy, self.log, seconds=600)
+            self._shared = shared_files(self.processes)
+            assert self._shared  # vLLM's processes talk through it
         except BaseException:
             self._kill()
             raise
@@ -108,8 +111,8 @@ class Server:
         return of_session(self._process.pid)
 
     def log(self) -> str:
-        """The end of what it printed."""
-        return self._log.read_text(errors="replace")[-8000:]
+        """What it printed."""
+        return self._log.read_text(errors="replace")
 
     def connect(self) -> HTTPConnection:
         return HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -132,14 +135,15 @@ class Server:
         return resident_bytes(self.processes)
 
     def stop(self) -> int:
-        """SIGTERM; the exit status. AssertionError where a process or shared memory is left."""
-        shared = shared_files(self.processes)
-        assert shared  # vLLM's processes talk through it
+        """SIGTERM, and what `wait` returns."""
         self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit status. Raises AssertionError where a process or shared memory is left."""
         status = self._process.wait(300)
         wait_until(lambda: not self.processes, lambda: (self.processes, self.log()))
-        left = {path for path in shared if path.exists()}
-        assert not left
+        assert not {path for path in self._shared if path.exists()}
         return status
 
     def _get(self, path: str) -> tuple[int, str]:

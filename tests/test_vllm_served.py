@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_every_answer_is_right_where_every_tenth_transfer_fails(served: Served) 
         assert 0 < recomputed <= failed["load"]
         assert server.is_healthy()
         assert server.stop() == 0
+
+
+@pytest.mark.deep
+def test_with_two_strings_a_failure_ends_the_server_and_the_log_says_what_survives_it(
+    served: Served,
+) -> None:
+    with served.running(TWO_STRINGS, plugin="every_tenth_fails") as server:
+        with pytest.raises((AssertionError, OSError, HTTPException)):
+            served.right(server)
+        assert server.wait() == 0  # which is what vLLM says then
+        assert "injected: the link is down" in server.log()
+        assert f'the connector of "kv_connector": "{THREE_STRINGS}"' in server.log()
 
 
 @pytest.mark.deep
