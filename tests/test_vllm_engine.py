@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import session, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -48,7 +49,7 @@ class Scenarios:
                 time.sleep(0.1)
             yield client, json.loads(started.read_text())["children"]
         finally:
-            for process in _session(client.pid):
+            for process in session(client.pid):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             client.wait()
@@ -65,26 +66,6 @@ class Scenarios:
         assert done.returncode == 0, f"{scenario}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
         seen: dict[str, Any] = json.loads(output.read_text())
         return seen
-
-
-def _session(leader: int) -> dict[int, str]:
-    """The processes that began with the leader, itself among them, that are no zombies."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        with suppress(OSError):
-            if folder.name.isdigit():
-                before, _, after = (folder / "stat").read_text().rpartition(")")
-                state, _, _, session = after.split()[:4]
-                if int(session) == leader and state != "Z":
-                    found[int(folder.name)] = before.partition("(")[2]
-    return found
-
-
-def _wait_until(what: Callable[[], bool], why: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +175,7 @@ def test_of_a_killed_engine_nothing_remains_and_another_one_starts(scenarios: Sc
         return set(Path("/dev/shm").glob("vllm_offload_*"))
 
     def of_engine(client: subprocess.Popen[bytes]) -> dict[int, str]:
-        return {i: name for i, name in _session(client.pid).items() if "VLLM" in name}
+        return {i: name for i, name in session(client.pid).items() if "VLLM" in name}
 
     before = regions()
     with scenarios.running() as (client, children):
@@ -202,13 +183,13 @@ def test_of_a_killed_engine_nothing_remains_and_another_one_starts(scenarios: Sc
         for process in children:
             os.kill(process, signal.SIGKILL)
         # The ranks notice; vLLM's client does not, and waits.
-        _wait_until(lambda: not of_engine(client), lambda: of_engine(client))
+        wait_until(lambda: not of_engine(client), lambda: of_engine(client))
         client.kill()
         client.wait()
-        _wait_until(lambda: not _session(client.pid), lambda: _session(client.pid))
+        wait_until(lambda: not session(client.pid), lambda: session(client.pid))
         assert regions() <= before
     with scenarios.running() as (client, _):
         client.send_signal(signal.SIGINT)
         client.wait(120)
-        _wait_until(lambda: not _session(client.pid), lambda: _session(client.pid))
+        wait_until(lambda: not session(client.pid), lambda: session(client.pid))
         assert regions() <= before
