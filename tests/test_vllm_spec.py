@@ -820,7 +820,7 @@ def test_more_than_there_is_is_refused(caches: Any, pool_kind: str) -> None:
     assert sorted(Path("/dev/shm").iterdir()) == left
 
 
-@pytest.mark.parametrize("sizes", [[512, 512], [512, 768], [768, 512]])
+@pytest.mark.parametrize("sizes", [[512, 512], [512, 768], [768, 512], [0, 512], [512, 0]])
 def test_uneven_pipeline_stages_are_refused_on_every_rank(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
