@@ -43,6 +43,7 @@ SLOW_FILES = {
     "test_vllm_canonical.py",
     "test_vllm_connector.py",
     "test_vllm_layouts.py",
+    "test_vllm_ranks.py",
     "test_vllm_spec.py",
     "test_vllm_tiers.py",
 }

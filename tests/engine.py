@@ -194,11 +194,12 @@ def _surviving(model: Path, device: FaultyDevice, blocks_per_chunk: int) -> Engi
     from triton_offload.vllm import spec
 
     spec.device_for = lambda *args: device
-    transfer = _transfer(blocks_per_chunk, path="staged")
-    return Engine(model, kv_transfer_config=transfer, max_model_len=1024)
+    config = transfer(blocks_per_chunk, path="staged")
+    return Engine(model, kv_transfer_config=config, max_model_len=1024)
 
 
-def _transfer(blocks_per_chunk: int, **extra: Any) -> dict[str, Any]:
+def transfer(blocks_per_chunk: int, **extra: Any) -> dict[str, Any]:
+    """What follows --kv-transfer-config, with the connector of this package."""
     return {
         "kv_connector": "TritonOffloadingConnector",
         "kv_connector_module_path": "triton_offload.vllm",
@@ -320,7 +321,7 @@ def until_killed(model: Path, started: Path) -> None:
         block_size=32,
         max_model_len=1024,
         enforce_eager=True,
-        kv_transfer_config=_transfer(blocks_per_chunk=2),
+        kv_transfer_config=transfer(blocks_per_chunk=2),
     )
     params = vllm.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
     while True:

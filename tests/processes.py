@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 
-def of_session(leader: int) -> dict[int, str]:
-    """The processes that began with the leader, itself among them, that are no zombies."""
+def of_session(leader: int | None = None) -> dict[int, str]:
+    """The names of a session's processes by id, its leader's too, but for zombies.
+
+    `leader`: the process that the session began with; None: this process's own session.
+    """
+    leader = os.getsid(0) if leader is None else leader
     found = {}
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
@@ -21,7 +26,7 @@ def of_session(leader: int) -> dict[int, str]:
     return found
 
 
-def resident_bytes(processes: dict[int, str]) -> int:
+def resident_bytes(processes: Iterable[int]) -> int:
     """Of all of them together; what they share counts as often as it is mapped."""
     total = 0
     for process in processes:
@@ -32,7 +37,7 @@ def resident_bytes(processes: dict[int, str]) -> int:
     return total
 
 
-def shared_files(processes: dict[int, str]) -> set[Path]:
+def shared_files(processes: Iterable[int]) -> set[Path]:
     """Their files in `/dev/shm` that have a name still."""
     found = set()
     for process in processes:

@@ -43,12 +43,17 @@ with warnings.catch_warnings():
         BLOCKS,
         BLOCKS_PER_CHUNK,
         CHUNKS,
+        FIRST,
         GROUPS,
-        PAGES,
+        MOVED,
         SLOT,
+        SLOTS,
+        STORED,
         blocks_of,
         make_config,
+        pretend_cuda,
         random_caches,
+        store_by_hand,
     )
 
     from triton_offload import calibration
@@ -91,34 +96,6 @@ def worker(caches: Any) -> Any:
     worker.shutdown()
 
 
-# Group 0 begins in the middle of its first chunk and ends in the middle of its second, group 1
-# begins at the last block of its first chunk.
-_STORED = [[7, 3, 11, 4], [2, 9, 14, 0]]
-_FIRST = [4, 2]
-_SLOTS = [5, 1, 8, 6]
-_MOVED = sum(len(b) * sum(n for _, n in g) for b, g in zip(_STORED, GROUPS, strict=True))
-
-
-def _store_by_hand(
-    pool: torch.Tensor, caches: Any, ids: list[list[int]], first: list[int], slots: list[int]
-) -> None:
-    """What a store does to the pool, built page by page from the slot format."""
-    pool[slots] = 0
-    chunk = 0
-    for blocks, index, group in zip(ids, first, GROUPS, strict=True):
-        start = index % BLOCKS_PER_CHUNK
-        for i, block in enumerate(blocks):
-            slot, place = (
-                slots[chunk + (start + i) // BLOCKS_PER_CHUNK],
-                (start + i) % BLOCKS_PER_CHUNK,
-            )
-            for tensor, size in group:
-                offset = BLOCKS_PER_CHUNK * sum(PAGES[:tensor]) + place * PAGES[tensor]
-                page = caches.tensors[tensor].tensor[block, :size]
-                pool[slot, offset : offset + size] = page.view(torch.uint8)
-        chunk += -(-(start + len(blocks)) // BLOCKS_PER_CHUNK) if blocks else 0
-
-
 def _check_round_trip(worker: Any, caches: Any, pool: torch.Tensor, expedited: bool) -> None:
     # First every slot holds a chunk of one group and then some a chunk of the other, so that
     # what a store doesn't clear shows.
@@ -126,32 +103,32 @@ def _check_round_trip(worker: Any, caches: Any, pool: torch.Tensor, expedited: b
     stores: list[tuple[list[list[int]], list[int], list[int]]] = [
         ([everything, []], [0, 0], [*range(CHUNKS)]),
         ([[], everything[: 3 * BLOCKS_PER_CHUNK]], [0, 0], [8, 2, 1]),
-        (_STORED, _FIRST, _SLOTS),
+        (STORED, FIRST, SLOTS),
     ]
     expected = pool.clone()
     for job, (ids, first, slots) in enumerate(stores, 39):
-        _store_by_hand(expected, caches, ids, first, slots)
+        store_by_hand(expected, caches, ids, first, slots)
         assert worker.submit_store(job, blocks_of(ids, first), CPULoadStoreSpec(slots))
         worker.wait({job})
         assert torch.equal(pool, expected)
-    assert _drain(worker, 3)[41].transfer_size == _MOVED
+    assert _drain(worker, 3)[41].transfer_size == MOVED
 
     originals = [cache.tensor.clone() for cache in caches.tensors]
     for cache in caches.tensors:
         cache.tensor.fill_(0x41)
     wanted = [cache.tensor.clone() for cache in caches.tensors]
     targets = [[1, 19, 6, 12], [13, 5, 8, 17]]
-    for group, sources, blocks in zip(GROUPS, _STORED, targets, strict=True):
+    for group, sources, blocks in zip(GROUPS, STORED, targets, strict=True):
         for tensor, size in group:
             for source, block in zip(sources, blocks, strict=True):
                 wanted[tensor][block, :size] = originals[tensor][source, :size]
-    blocks = blocks_of(targets, _FIRST)
-    assert worker.submit_load(42, CPULoadStoreSpec(_SLOTS), blocks, expedited=expedited)
+    blocks = blocks_of(targets, FIRST)
+    assert worker.submit_load(42, CPULoadStoreSpec(SLOTS), blocks, expedited=expedited)
     worker.wait({42})
     for cache, tensor in zip(caches.tensors, wanted, strict=True):
         assert torch.equal(cache.tensor, tensor)
     result = _drain(worker, 1)[42]
-    assert (result.success, result.transfer_size) == (True, _MOVED)
+    assert (result.success, result.transfer_size) == (True, MOVED)
     assert result.transfer_time >= 0.0
     assert torch.equal(pool, expected)
     assert (worker.stores.jobs, worker.loads.jobs, worker.num_in_flight) == (3, 1, 0)
@@ -173,18 +150,9 @@ def test_pages_of_overlaid_groups_and_partial_chunks_come_back(
 
 
 def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The platform is CUDA, so that there is a region; nothing is pinned, and no other rank."""
-    cuda = SimpleNamespace(
-        is_cuda=lambda: True,
-        is_cpu=lambda: False,
-        is_cuda_alike=lambda: True,
-        is_rocm=lambda: False,
-        is_xpu=lambda: False,
-    )
-    for module in (plugin_spec, cpu_spec):
-        monkeypatch.setattr(module, "current_platform", cuda)
+    """A region is shared with nobody: there is no other rank to wait for."""
+    pretend_cuda(monkeypatch.setattr)
     monkeypatch.setattr(cpu_spec, "_all_workers_barrier", lambda: None)
-    monkeypatch.setattr(plugin_spec, "PIN_MEMORY", False)
 
 
 def test_on_cuda_the_pool_is_this_ranks_part_of_vllms_shared_region(
@@ -552,7 +520,7 @@ def test_ids_are_the_jobs_own_from_the_moment_of_the_call(
         blocks, first = [job % BLOCKS, (job + 7) % BLOCKS], job % 2
         pages.block_ids[:], slots.block_ids[:] = blocks, job
         pages.group_sizes, pages.block_indices = [2, 0], [first, 0]
-        _store_by_hand(expected, caches, [blocks, []], [first, 0], [job])
+        store_by_hand(expected, caches, [blocks, []], [first, 0], [job])
         worker.submit_store(job, pages, slots)
         # What is written where these point is wrong, or out of bounds.
         pages.block_ids[:], slots.block_ids[:] = 10**9, 10**9
@@ -855,7 +823,7 @@ def test_more_than_there_is_is_refused(caches: Any, pool_kind: str) -> None:
     assert sorted(Path("/dev/shm").iterdir()) == left
 
 
-@pytest.mark.parametrize("sizes", [[512, 512], [512, 768], [768, 512]])
+@pytest.mark.parametrize("sizes", [[512, 512], [512, 768], [768, 512], [0, 512], [512, 0]])
 def test_uneven_pipeline_stages_are_refused_on_every_rank(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.v1.kv_offload import base, config
+from vllm.v1.kv_offload.cpu import spec as cpu_spec
+
+from triton_offload.vllm import spec as plugin_spec
 
 TOKENS = 32  # of a block
 BLOCKS_PER_CHUNK = 3
@@ -60,6 +65,51 @@ def random_caches(seed: int) -> Any:
     )
 
 
+def pretend_cuda(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Make the platform CUDA, so that there is a shared region, of which nothing is pinned.
+
+    `set_attribute`: setattr, or a monkeypatch's.
+    """
+    cuda = SimpleNamespace(
+        is_cuda=lambda: True,
+        is_cpu=lambda: False,
+        is_cuda_alike=lambda: True,
+        is_rocm=lambda: False,
+        is_xpu=lambda: False,
+    )
+    for module in (plugin_spec, cpu_spec):
+        set_attribute(module, "current_platform", cuda)
+    set_attribute(plugin_spec, "PIN_MEMORY", False)
+
+
 def blocks_of(ids: list[list[int]], first: list[int]) -> Any:
     flat = [block for group in ids for block in group]
     return base.GPULoadStoreSpec(flat, group_sizes=[*map(len, ids)], block_indices=first)
+
+
+# Group 0 begins in the middle of its first chunk and ends in the middle of its second, group 1
+# begins at the last block of its first chunk.
+STORED = [[7, 3, 11, 4], [2, 9, 14, 0]]
+FIRST = [4, 2]
+SLOTS = [5, 1, 8, 6]
+MOVED = sum(len(b) * sum(n for _, n in g) for b, g in zip(STORED, GROUPS, strict=True))
+
+
+def store_by_hand(
+    pool: torch.Tensor, caches: Any, ids: list[list[int]], first: list[int], slots: list[int]
+) -> None:
+    """What a store does to the pool, built page by page from the slot format."""
+    pool[slots] = 0
+    chunk = 0
+    for blocks, index, group in zip(ids, first, GROUPS, strict=True):
+        start = index % BLOCKS_PER_CHUNK
+        for i, block in enumerate(blocks):
+            slot, place = (
+                slots[chunk + (start + i) // BLOCKS_PER_CHUNK],
+                (start + i) % BLOCKS_PER_CHUNK,
+            )
+            for tensor, size in group:
+                offset = BLOCKS_PER_CHUNK * sum(PAGES[:tensor]) + place * PAGES[tensor]
+                page = caches.tensors[tensor].tensor[block, :size]
+                pool[slot, offset : offset + size] = page.view(torch.uint8)
+        chunk += -(-(start + len(blocks)) // BLOCKS_PER_CHUNK) if blocks else 0

@@ -77,13 +77,13 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # It has to be said before the sizes are worked out. Canonical chunks are those of all.
         if config.replicated_layout and not config.canonical_layout:
             config = dataclasses.replace(config, replicated_layout=False)
+        _check_stages(config)  # before what may be wrong with one rank alone: all ranks take part
         super().__init__(config)
         if self.num_chunks < 1:
             raise ValueError(
                 f"cpu_bytes_to_use: expected at least one chunk of {self.kv_bytes_per_chunk} "
                 f"bytes, got {extra['cpu_bytes_to_use']}"
             )
-        _check_stages(config)
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
