@@ -38,6 +38,7 @@ SLOW_FILES = {
     "test_stress.py",
     "test_trace_hit_rates.py",
     "test_vllm_connector.py",
+    "test_vllm_layers.py",
     "test_vllm_spec.py",
 }
 # And of other files these tests, whatever their parameters.
