@@ -70,6 +70,7 @@ LAYERS = [
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker", "metrics"},
+    {"vllm.layer_loads"},
     {"vllm.tolerant_worker"},
     {"vllm.metrics"},
     {"vllm.spec", "vllm.connector_worker", "vllm.connector_scheduler"},

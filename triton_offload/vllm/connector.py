@@ -17,6 +17,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from triton_offload.vllm.connector_scheduler import TritonConnectorScheduler
 from triton_offload.vllm.connector_worker import TritonConnectorWorker
+from triton_offload.vllm.layer_loads import LayerLoads
 from triton_offload.vllm.metrics import WorkerMetrics
 from triton_offload.vllm.spec import TritonOffloadingSpec
 from triton_offload.vllm.tiering_spec import TritonTieringOffloadingSpec
@@ -45,6 +46,25 @@ class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # v
         else:
             self.connector_worker = TritonConnectorWorker(spec, vllm_config, kv_cache_config)
             self._metrics = WorkerMetrics(config.parallel.rank)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Submit the step's loads. Those that it waits for, it waits for here, or each layer for
+        its own pages in `wait_for_layer_load`."""
+        layer_loads = self._layer_loads
+        if layer_loads is not None:
+            layer_loads.begin(forward_context)
+        super().start_load_kv(forward_context, **kwargs)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """What vLLM calls before a layer reads its pages."""
+        layer_loads = self._layer_loads
+        if layer_loads is not None:
+            layer_loads.wait_for(layer_name)
+
+    @property
+    def _layer_loads(self) -> LayerLoads | None:
+        assert self.connector_worker is not None
+        return self.connector_worker.layer_loads
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """What ended since the last call; requests whose load failed are in `failed_recving`."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
+    get_offloading_group_ids,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
     OffloadingConnectorWorker,
 )
 
+from triton_offload.vllm.layer_loads import LayerLoads, tensors_by_layer
 from triton_offload.vllm.tolerant_worker import FailedJob, TolerantWorker
 from triton_offload.vllm.worker_metadata import TritonWorkerMetadata
 
@@ -24,11 +28,25 @@ class TritonConnectorWorker(OffloadingConnectorWorker):  # type: ignore[misc]  #
         self._failed_blocks: set[int] = set()
 
     def _init_worker(self, kv_caches: Any) -> None:
-        self.worker = TolerantWorker(self.spec.get_worker(kv_caches))
+        transfers = self.spec.get_worker(kv_caches)
+        layer_loads = None
+        if self.spec.extra_config.get("load_by_layers", True):
+            ids = get_offloading_group_ids(self.kv_cache_config)
+            groups = [self.kv_cache_config.kv_cache_groups[i] for i in ids]
+            tensors = tensors_by_layer(groups, kv_caches)
+            layer_loads = LayerLoads(transfers, tensors) if tensors else None
+        self.worker = TolerantWorker(transfers, layer_loads)
+
+    @property
+    def layer_loads(self) -> LayerLoads | None:
+        """The loads of the step that its layers wait for; None where they never do."""
+        return None if self.worker is None else self.worker.layer_loads
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """vLLM's (finished_sending, finished_recving): failed loads are among them."""
         assert self.worker is not None
+        if self.layer_loads is not None:
+            self.layer_loads.end()
         requests = dict(self._load_jobs)  # vLLM's own call forgets those that ended
         finished: tuple[set[str], set[str]] = super().get_finished(finished_req_ids)
         for failed in self.worker.take_failed():

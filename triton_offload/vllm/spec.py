@@ -144,7 +144,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             options = PipelineOptions(path=chosen, buffer_bytes=staging)
             queue = transfer_queue(layout, pool, "auto", options, calibration)
         resources.callback(queue.shutdown)
-        return TritonOffloadingWorker(queue, pool, resources)
+        return TritonOffloadingWorker(queue, pool, layout, resources)
 
     def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
         if not self._uses_shared_region():

@@ -13,6 +13,7 @@ from vllm.v1.kv_offload import base as vllm_base
 
 from triton_offload.errors import DeviceLostError
 from triton_offload.specs import Direction
+from triton_offload.vllm.layer_loads import LayerLoads
 from triton_offload.vllm.worker import JobFailedError, TritonOffloadingWorker
 
 _log = logging.getLogger(__name__)
@@ -44,8 +45,11 @@ class TolerantWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm 
     the report. What leaves nothing to go on with, a lost device, raises.
     """
 
-    def __init__(self, transfers: TritonOffloadingWorker) -> None:
+    def __init__(
+        self, transfers: TritonOffloadingWorker, layer_loads: LayerLoads | None = None
+    ) -> None:
         self.transfers = transfers
+        self.layer_loads = layer_loads
         self._sync: dict[int, tuple[int, ...]] = {}  # blocks of loads that a step waits for
         self._refused: list[int] = []  # accepted here, and not reported yet
         self._failed: list[FailedJob] = []
@@ -65,14 +69,20 @@ class TolerantWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm 
     def submit_load(
         self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
     ) -> bool:
-        """Queue host to device; `expedited`: the step waits for it. Returns True, as above."""
+        """Queue host to device; `expedited`: the step waits for it, its layers each for their own
+        pages where that may be. Returns True, as above."""
+        layers = None
         if expedited:
             self._sync[job_id] = tuple(map(int, dst_spec.block_ids))
+            layers = self.layer_loads.layers if self.layer_loads is not None else None
         try:
-            return self.transfers.submit_load(job_id, src_spec, dst_spec, expedited)
+            accepted = self.transfers.submit_load(job_id, src_spec, dst_spec, expedited, layers)
         except Exception as error:
             self._refuse(job_id, Direction.LOAD, error)
             return True
+        if layers is not None and self.layer_loads is not None:
+            self.layer_loads.add(job_id)
+        return accepted
 
     def get_finished(self) -> list[Any]:
         """vLLM's TransferResult of each job that ended since the last call, each job once.
@@ -101,6 +111,9 @@ class TolerantWorker(vllm_base.OffloadingWorker):  # type: ignore[misc]  # vllm 
         return failed
 
     def wait(self, job_ids: Collection[int]) -> None:
+        """Block until these jobs have ended, but for the loads that layers wait for."""
+        if self.layer_loads is not None:
+            job_ids = set(job_ids) - self.layer_loads.jobs
         self.transfers.wait(job_ids)
 
     def shutdown(self) -> None:

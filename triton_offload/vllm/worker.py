@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,8 @@ from triton_offload.specs import (
     TransferStatus,
 )
 from triton_offload.stats import DirectionStats, DirectionTotals
+from triton_offload.transfer.layers import Layers
+from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
 
 # Less than a step of any model takes on a CPU, and enough for some 10 MB of copies.
@@ -51,9 +53,16 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
     `resources`: what `shutdown` closes, the queue manager and the pool among it.
     """
 
-    def __init__(self, manager: OffloadingQueueManager, pool: HostPool, resources: Closing) -> None:
+    def __init__(
+        self,
+        manager: OffloadingQueueManager,
+        pool: HostPool,
+        layout: CacheLayout,
+        resources: Closing,
+    ) -> None:
         self.pool: HostPool | None = pool
         self._manager: OffloadingQueueManager | None = manager
+        self._layout: CacheLayout | None = layout
         self._resources = resources
         self._ours: dict[int, int] = {}  # vLLM's job id -> ours, until it is reported
         self._theirs: dict[int, tuple[int, Direction]] = {}
@@ -91,13 +100,30 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         return True
 
     def submit_load(
-        self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
+        self,
+        job_id: int,
+        src_spec: Any,
+        dst_spec: Any,
+        expedited: bool = False,
+        layers: Layers | None = None,
     ) -> bool:
-        """Queue host to device; `expedited`: the step waits for it. Returns True, or raises."""
+        """Queue host to device; `expedited`: the step waits for it, with `layers` (of `layers`)
+        layer by layer. Returns True, or raises."""
         self._submit(
-            job_id, _slots(src_spec), _pages(dst_spec), Direction.LOAD, expedited=expedited
+            job_id,
+            _slots(src_spec),
+            _pages(dst_spec),
+            Direction.LOAD,
+            expedited=expedited,
+            layers=layers,
         )
         return True
+
+    def layers(self, tensors: Sequence[Sequence[int]]) -> Layers:
+        """Layers for `submit_load`: of each the tensors, by their numbers in vLLM's
+        CanonicalKVCaches, in the order in which layers are computed."""
+        assert self._layout is not None
+        return Layers(self._layout, tensors)
 
     def get_finished(self) -> list[Any]:
         """vLLM's TransferResult of each job that ended since the last call, each job once.
@@ -137,12 +163,24 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         if self._manager is not None:
             self._manager.wait([self._ours[job] for job in job_ids if job in self._ours])
 
+    def wait_for_layer(self, job_id: int, layer: int) -> None:
+        """Let the current stream, or the host where there is none, wait for the pages of a layer;
+        whether they are right the job's end tells."""
+        ours = self._ours.get(job_id)
+        if self._manager is None or self.pool is None or ours is None:
+            return
+        stream = self.pool.device.current_stream()
+        if stream is None:
+            self._manager.wait_for_layer(ours, layer)
+        else:
+            self._manager.wait_on(ours, stream, layer)
+
     def shutdown(self) -> None:
         """End every transfer and give the pool back. Idempotent.
 
         What a step raises is raised when all have run; a later call tries those again.
         """
-        self._manager = self.pool = None  # nothing here holds the pool's memory from now on
+        self._manager = self.pool = self._layout = None  # nothing here holds memory from now on
         self._ours.clear()
         self._theirs.clear()
         self._reports.clear()
@@ -169,13 +207,14 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
         dst: GPULoadStoreSpec | CPULoadStoreSpec,
         direction: Direction,
         expedited: bool = False,
+        layers: Layers | None = None,
     ) -> None:
         if self._manager is None:
             raise RuntimeError("the offloading worker is shut down")
         if job_id in self._ours:
             raise ValueError(f"job_id: expected an id that is not in flight, got {job_id}")
         try:
-            ours = self._manager.transfer_async(src, dst, expedited=expedited)
+            ours = self._manager.transfer_async(src, dst, expedited=expedited, layers=layers)
         except Exception as error:
             refused = TransferResult(job_id, TransferStatus.FAILED, error=error)
             self._totals[direction].add(refused)
