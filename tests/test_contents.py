@@ -52,8 +52,8 @@ def test_bytes_of_several_groups_are_cleared_by_every_fresh_store():
     slots = Slots()
     slots.store(1)
     assert slots.store(2, fresh=False).stale == ()  # keeps group 1's
-    assert slots.store(0).stale == (0, 1, 2)
-    assert slots.store(0).stale == ()
+    assert slots.store(1).stale == (0, 1, 2)
+    assert slots.store(1).stale == ()
 
 
 def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
@@ -65,11 +65,17 @@ def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
 
 def test_only_the_slots_of_a_failed_store_are_in_doubt():
     slots = Slots()
-    slots.store(0, (0, 1, 2, 3, 4))
-    slots.contents.doubt([slots.run(0, (1, 3)), slots.run(0, (4,))])
+    slots.store(1, (0, 1, 2, 3, 4))
+    slots.contents.doubt([slots.run(1, (1, 3)), slots.run(1, (4,))])
     slots.contents._check()
-    assert slots.store(0, (0, 1, 2, 3, 4)).stale == (1, 3, 4)
-    assert slots.store(0, (0, 1, 2, 3, 4)).stale == ()
+    assert slots.store(1, (0, 1, 2, 3, 4)).stale == (1, 3, 4)
+    assert slots.store(1, (0, 1, 2, 3, 4)).stale == ()
+
+
+def test_what_a_whole_chunk_covers_is_not_cleared_whatever_it_was():
+    slots = Slots()
+    slots.contents.doubt([slots.run(0, (2, 3, 4))])
+    assert slots.store(0).stale == ()
 
 
 @pytest.mark.parametrize(
