@@ -149,7 +149,9 @@ def replay(pool: Pool, requests: list[Request], num_bytes: int) -> Found:  # noq
 
 @pytest.mark.parametrize("gib", [4, 16, 64])
 def test_hits_and_bytes_of_a_hybrid_model(
-    benchmark: Any, requests: list[Request], gib: int  # noqa: F811
+    benchmark: Any,
+    requests: list[Request],
+    gib: int,
 ) -> None:
     num_bytes = gib * GIB
     pools: dict[str, Pool] = {

@@ -19,7 +19,9 @@ def places(slabs: Slabs) -> list[dict[int, tuple[int, int]]]:
     for size in slabs.sizes:
         ids = np.arange(size.first, size.first + slabs.num_slabs * size.per_slab)
         begins = (size.rows(ids) * size.unit).tolist()
-        found.append({i: (b, b + size.num_bytes) for i, b in zip(ids.tolist(), begins, strict=True)})
+        found.append(
+            {i: (b, b + size.num_bytes) for i, b in zip(ids.tolist(), begins, strict=True)}
+        )
     return found
 
 
@@ -87,7 +89,7 @@ def test_a_slab_that_holds_more_is_taken_where_less_is_lost():
 
 
 def test_a_pool_for_less_than_the_largest_is_refused():
-    with pytest.raises(ValueError, match="host_bytes: expected room for .* 100 bytes, got 99"):
+    with pytest.raises(ValueError, match=r"host_bytes: expected room for .* 100 bytes, got 99"):
         Slabs.fit(99, [10, 100])
 
 
@@ -100,7 +102,7 @@ def test_slots_of_another_size_and_slots_across_each_other_are_refused():
         with pytest.raises(ValueError, match=r"slot_ids: expected slots of \d+ bytes, \d+ to \d+"):
             slabs.rows(size, ids)
     slabs.check_apart([(0, np.array([0, 4])), (1, np.array([22, 27]))])
-    with pytest.raises(ValueError, match="slot_ids: expected slots of one size in each slab.* 3"):
+    with pytest.raises(ValueError, match=r"slot_ids: expected slots of one size in each slab.* 3"):
         slabs.check_apart([(0, few), (1, np.array([27]))])
 
 

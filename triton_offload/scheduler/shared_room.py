@@ -162,8 +162,10 @@ class _Leaving:
         self._emptied: set[int] = set()
         self._coldest = [iter(slabs) for slabs in room._idle]
         self._num_free = [room._slots.num_begun(other) for other in range(len(room._sizes))]
-        # Sizes that have no more slabs to give.
-        self._spent = {other for other, slabs in enumerate(room._idle) if not slabs} - {size}
+        # Sizes of which chunks lie in slabs that can't be given: where all are used by transfers.
+        used = room.used_by_size()
+        others = {other for other, count in enumerate(used) if count} - {size}
+        self._spent = {other for other in others if not room._idle[other]}
 
     def spared(self, kept: Set[Key]) -> Set[Key]:
         """What the policy must not name."""
