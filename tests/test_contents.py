@@ -88,14 +88,14 @@ def test_a_chunk_of_padded_pages_is_never_all_of_its_slot():
         layout = CacheLayout(tensors, 1, groups)
         pages, slot = GPULoadStoreSpec([3], [1], [0]), CPULoadStoreSpec([2], True)
         (run,) = layout.plan(Direction.STORE, pages, slot, 8)
-        assert (
-            SlotContents(
-                layout, Slabs.of(layout.slot_bytes, 8, [layout.slot_bytes]), other_writers=True
-            )
-            .store(run)
-            .stale
-            == stale
-        )
+        contents = SlotContents(layout, Slabs.of(8, 8, [8]), other_writers=True)
+        assert contents.store(run).stale == stale
+
+
+def test_what_a_whole_chunk_covers_is_not_cleared_whatever_it_was():
+    slots = Slots()
+    slots.contents.doubt([slots.run(0, (2, 3, 4))])
+    assert slots.store(0).stale == ()
 
 
 @pytest.mark.parametrize(

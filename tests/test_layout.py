@@ -152,8 +152,11 @@ def test_groups_by_name_have_whole_pages():
         [2, 8],
         [4],
     ]
-    assert [group.table.offsets for group in layout.groups] == [(24, 0), (16,)]
-    assert layout.leaves_stale.tolist() == [[False, True], [True, False]]
+    # Each in slots of its own size, with nothing of the other's tensors.
+    assert [group.table.offsets for group in layout.groups] == [(16, 0), (0,)]
+    assert [(group.size, group.fills_slot) for group in layout.groups] == [(0, True), (1, True)]
+    assert layout.slot_sizes == [20, 8]
+    assert not layout.leaves_stale.any()
 
 
 def test_only_a_shorter_page_leaves_bytes_of_a_longer_one():

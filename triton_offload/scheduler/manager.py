@@ -60,8 +60,8 @@ class CPUOffloadingManager(OffloadingManager):
     key that such a transfer is under way for.
 
     Of several sizes, that chunk leaves next which the policy names of all, whatever its size.
-    With one of another size than is needed leaves all that lies in its slab, unless some of that is
-    in use; then another goes.
+    With one of another size than is needed leaves all that lies in the slab of that size which was
+    used least recently, and in which nothing is in use.
 
     `policy`: "lru", "arc", or what makes an `EvictionPolicy` of the number of chunks. One that
     raises, or names what may not be evicted, is asked no more: `prepare_store` raises RuntimeError
@@ -157,7 +157,9 @@ class CPUOffloadingManager(OffloadingManager):
         pending: Collection[Key] = ()
         if storing:
             pending = {key for key in keys if key in storing and key not in self._partial}
-        self._policy.touch([key for key in keys if key in slot_of], pending)
+        known = [key for key in keys if key in slot_of]
+        self._room.use(known)
+        self._policy.touch(known, pending)
 
     def prepare_store(
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None, *, size: int = 0
@@ -190,6 +192,7 @@ class CPUOffloadingManager(OffloadingManager):
             fresh = np.array([key not in known for key in to_write])
             self._room.pin([key for key in extended if key not in loading])
         if known:
+            self._room.use(known)
             self._policy.refresh(keys)
         self._storing.update(to_write)
         return PrepareStoreOutput(

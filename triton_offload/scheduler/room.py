@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from triton_offload.scheduler.free_slots import FreeSlots
 from triton_offload.scheduler.guarded_policy import make_policy
@@ -39,6 +39,10 @@ class Room(ABC):
     @abstractmethod
     def used_by_size(self) -> list[int]:
         """Slots that aren't free, of each size."""
+
+    @abstractmethod
+    def use(self, keys: Iterable[Key]) -> None:
+        """Chunks are used now."""
 
     @abstractmethod
     def make(
@@ -88,6 +92,9 @@ class RoomOfOneSize(Room):
 
     def used_by_size(self) -> list[int]:
         return [self.most_chunks - len(self._free)]
+
+    def use(self, keys: Iterable[Key]) -> None:
+        pass
 
     def make(
         self, num_new: int, size: int, kept: Set[Key], num_idle: int, busy: Sequence[Set[Key]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 from triton_offload.scheduler.order import Key
@@ -14,11 +15,14 @@ from triton_offload.slabs import Slabs
 class SharedRoom(Room):
     """One policy orders all chunks, whatever their size, and what it names leaves next.
 
-    A chunk of the size that is needed leaves its slot. With one of another size all that lies in
-    its slab leaves, and the slab is cut anew. So no chunk stays for its size: of two sizes whose
-    chunks are used alike, each keeps the bytes that are brought to it while a chunk stays, and what
-    is used no more leaves, whose it may be. Where a transfer uses anything in a slab, it is no
-    other size's: the next chunk leaves.
+    A chunk of the size that is needed leaves its slot. So does one of another size, which will find
+    another of its own there: where both are stored and leave evenly, no slab changes hands. Where
+    more of a size leaves than is stored, so that two slabs of its slots are free, that slab of it
+    is emptied which was used least recently, and is cut anew; at once, where all of it is free.
+    What a transfer uses keeps its whole slab.
+
+    So no chunk stays or leaves for its size: of two sizes that are used alike, each keeps bytes in
+    proportion to those that are stored, and what is used no more leaves, whichever it is.
 
     Costs O(1) per key, what leaves included.
     """
@@ -30,9 +34,8 @@ class SharedRoom(Room):
         self._num_pinned_of = [0] * len(slabs.sizes)
         self._keys_in: list[dict[Key, None]] = [{} for _ in range(slabs.num_slabs)]
         self._pins_in = [0] * slabs.num_slabs
-        self._stuck: list[set[int]] = [set() for _ in slabs.sizes]  # slabs with pins, by size
-        # Of these the policy has passed over idle chunks, and looks at them when they are released.
-        self._passed: list[set[int]] = [set() for _ in slabs.sizes]
+        # By size: the slabs that hold chunks of which none is pinned, least recently used first.
+        self._idle: list[OrderedDict[int, None]] = [OrderedDict() for _ in slabs.sizes]
 
     @property
     def wasted_bytes(self) -> int:
@@ -42,41 +45,36 @@ class SharedRoom(Room):
     def used_by_size(self) -> list[int]:
         return [self._slots.num_used(size) for size in range(len(self._sizes))]
 
+    def use(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            slab = self._slab_of(key)
+            if not self._pins_in[slab]:
+                self._idle[self._slots.size_of[slab]].move_to_end(slab)
+
     def make(
         self, num_new: int, size: int, kept: Set[Key], num_idle: int, busy: Sequence[Set[Key]]
     ) -> Sequence[Key] | None:
         short = num_new - self._slots.num_free(size)
         if short <= 0:
             return ()
-        if short > self._most_gained(size) - num_idle:
-            return None
-        for slab in list(self._passed[size]):
-            self._release(slab, size, busy)
-        # Nothing leaves before all is chosen: a policy of a user's may raise in between.
-        leaving: dict[Key, None] = {}
         per_slab = self._sizes[size].per_slab
-        busy = (*busy, _InStuckSlabs(self, size))
+        others = sum(map(len, self._idle)) - len(self._idle[size])
+        idle = self._slots.num_used(size) - self._num_pinned_of[size] - num_idle
+        if short > idle + others * per_slab:
+            return None
+        # Nothing leaves before all is chosen: a policy of a user's may raise in between.
+        leaving = _Leaving(self, size)
         while short > 0:
-            named = dict.fromkeys(self.policy.evict(max(1, short // per_slab), kept, busy))
+            # Never more than there must be, if each were worth a slab.
+            named = self.policy.evict(max(1, short // per_slab), leaving.spared(kept), busy)
             for key in named:
-                slab = self._slab_of(key)
-                if self._slots.size_of[slab] == size:
-                    leaving[key] = None
+                if self._size_of(key) == size:
+                    leaving.keys[key] = None
                     short -= 1
-                elif key not in leaving:
-                    keys = self._keys_in[slab]
-                    self.policy.drop([other for other in keys if other not in named])
-                    leaving.update(keys)
+                elif key not in leaving.keys and leaving.add_other(key, named):
                     short -= per_slab
-        self._slots.put(self._forget(leaving))
-        return list(leaving)
-
-    def _most_gained(self, size: int) -> int:
-        """The slots of a size that there would be if all idle chunks left."""
-        others = [other for other in range(len(self._sizes)) if other != size]
-        slabs = sum(self._slots.num_cut(other) - len(self._stuck[other]) for other in others)
-        idle = self._slots.num_used(size) - self._num_pinned_of[size]
-        return idle + slabs * self._sizes[size].per_slab
+        self._slots.put(self._forget(leaving.keys))
+        return list(leaving.keys)
 
     def place(self, keys: Sequence[Key], size: int) -> list[int]:
         slots = self._slots.take(len(keys), size)
@@ -89,12 +87,6 @@ class SharedRoom(Room):
     def take_back(self, keys: Sequence[Key]) -> None:
         self.free_pinned(self._forget(keys))
 
-    def _forget(self, keys: Iterable[Key]) -> list[int]:
-        """Returns the slots of these chunks, which are nobody's now."""
-        for key in keys:
-            del self._keys_in[self._slab_of(key)][key]
-        return list(map(self.slot_of.pop, keys))
-
     def pin(self, keys: Sequence[Key]) -> None:
         self.num_pinned += len(keys)
         for key in keys:
@@ -102,7 +94,7 @@ class SharedRoom(Room):
             size = self._slots.size_of[slab]
             self._pins_in[slab] += 1
             self._num_pinned_of[size] += 1
-            self._stuck[size].add(slab)
+            self._idle[size].pop(slab, None)
 
     def unpin(self, keys: Sequence[Key]) -> None:
         self._unpin([self.slot_of[key] for key in keys])
@@ -111,6 +103,15 @@ class SharedRoom(Room):
         self._unpin(slots)
         self._slots.put(slots)
 
+    def reset(self, busy: Set[Key]) -> None:
+        idle = (slot for key, slot in self.slot_of.items() if key not in busy)
+        self._slots.put(sorted(idle, reverse=True))
+        self.slot_of.clear()
+        for keys in self._keys_in:
+            keys.clear()
+        for slabs in self._idle:
+            slabs.clear()
+
     def _unpin(self, slots: Sequence[int]) -> None:
         self.num_pinned -= len(slots)
         for slot in slots:
@@ -118,28 +119,23 @@ class SharedRoom(Room):
             size = self._slots.size_of[slab]
             self._pins_in[slab] -= 1
             self._num_pinned_of[size] -= 1
-            if not self._pins_in[slab]:
-                self._stuck[size].remove(slab)
-                if slab in self._passed[size]:
-                    self._release(slab, size, ())
+            if not self._pins_in[slab] and self._keys_in[slab]:
+                self._idle[size][slab] = None
 
-    def reset(self, busy: Set[Key]) -> None:
-        idle = (slot for key, slot in self.slot_of.items() if key not in busy)
-        self._slots.put(sorted(idle, reverse=True))
-        self.slot_of.clear()
-        for keys in self._keys_in:
-            keys.clear()
-        for slabs in self._passed:
-            slabs.clear()
+    def _forget(self, keys: Iterable[Key]) -> list[int]:
+        """Returns the slots of these chunks, which are nobody's now."""
+        for key in keys:
+            slab = self._slab_of(key)
+            del self._keys_in[slab][key]
+            if not self._keys_in[slab]:
+                self._idle[self._slots.size_of[slab]].pop(slab, None)
+        return list(map(self.slot_of.pop, keys))
 
     def _slab_of(self, key: Key) -> int:
         return self._slots.slab_of(self.slot_of[key])
 
-    def _release(self, slab: int, size: int, busy: Sequence[Set[Key]]) -> None:
-        """Have the policy look at the chunks that it has passed over in a slab."""
-        self._passed[size].remove(slab)
-        keys = self._keys_in[slab]
-        self.policy.release([key for key in keys if not any(key in each for each in busy)])
+    def _size_of(self, key: Key) -> int:
+        return self._slots.size_of[self._slab_of(key)]
 
     def _check(self, busy: Set[Key], orphans: Set[int]) -> None:
         assert self.num_pinned == len(busy) + len(orphans) == sum(self._num_pinned_of)
@@ -148,38 +144,76 @@ class SharedRoom(Room):
         for slot in [*(self.slot_of[key] for key in busy), *orphans]:
             pins[self._slots.slab_of(slot)] += 1
         assert pins == self._pins_in
-        stuck = {(self._slots.size_of[slab], slab) for slab, count in enumerate(pins) if count}
-        assert stuck == {(size, slab) for size, slabs in enumerate(self._stuck) for slab in slabs}
         for slab, keys in enumerate(self._keys_in):
             assert all(self._slab_of(key) == slab for key in keys)
+            for size, idle in enumerate(self._idle):
+                mine = self._slots.size_of[slab] == size
+                assert (slab in idle) == (mine and not pins[slab] and len(keys) > 0)
         assert sum(map(len, self._keys_in)) == len(self.slot_of)
-        passed = [slab for slabs in self._passed for slab in slabs]
-        assert all(passed <= stuck for passed, stuck in zip(self._passed, self._stuck, strict=True))
-        aside = {key for slab in passed for key in self._keys_in[slab]}
-        self.policy._check(self.slot_of.keys(), busy | aside)
+        self.policy._check(self.slot_of.keys(), busy)
 
 
-class _InStuckSlabs(Set[Key]):
-    """The chunks in slabs of other sizes in which a transfer uses one."""
+class _Leaving:
+    """Chunks that are to leave for others of `size`, while they are chosen."""
 
     def __init__(self, room: SharedRoom, size: int) -> None:
+        self.keys: dict[Key, None] = {}
         self._room, self._size = room, size
+        self._emptied: set[int] = set()
+        self._coldest = [iter(slabs) for slabs in room._idle]
+        self._num_free = [room._slots.num_begun(other) for other in range(len(room._sizes))]
+        # Sizes of which chunks lie in slabs that can't be given: where all are used by transfers.
+        used = room.used_by_size()
+        others = {other for other, count in enumerate(used) if count} - {size}
+        self._spent = {other for other in others if not room._idle[other]}
+
+    def spared(self, kept: Set[Key]) -> Set[Key]:
+        """What the policy must not name."""
+        return _Spared(self._room, kept, self._spent) if self._spent else kept
+
+    def add_other(self, key: Key, named: Iterable[Key]) -> bool:
+        """Let a chunk of another size leave, one of those that the policy has named; whether a slab
+        is free then."""
+        room = self._room
+        slab = room._slab_of(key)
+        size = room._slots.size_of[slab]
+        self.keys[key] = None
+        self._num_free[size] += 1
+        if slab in room._idle[size] and self.keys.keys() >= room._keys_in[slab].keys():
+            self._empty(slab, size, named)
+            return True
+        if self._num_free[size] < 2 * room._sizes[size].per_slab:
+            return False
+        for coldest in self._coldest[size]:
+            if coldest not in self._emptied:
+                self._empty(coldest, size, named)
+                return True
+        self._spent.add(size)
+        return False
+
+    def _empty(self, slab: int, size: int, named: Iterable[Key]) -> None:
+        room = self._room
+        self._emptied.add(slab)
+        rest = [key for key in room._keys_in[slab] if key not in self.keys]
+        self._num_free[size] -= room._sizes[size].per_slab - len(rest)
+        self.keys.update(dict.fromkeys(rest))
+        if rest:
+            room.policy.drop([key for key in rest if key not in named])
+
+
+class _Spared(Set[Key]):
+    """`kept`, and all chunks of some sizes."""
+
+    def __init__(self, room: SharedRoom, kept: Set[Key], sizes: Set[int]) -> None:
+        self._room, self._kept, self._sizes = room, kept, sizes
 
     def __contains__(self, key: object) -> bool:
-        room = self._room
-        slab = room._slab_of(key)  # type: ignore[arg-type]
-        size = room._slots.size_of[slab]
-        if size == self._size or slab not in room._stuck[size]:
-            return False
-        room._passed[size].add(slab)
-        return True
+        if key in self._kept:
+            return True
+        return key in self._room.slot_of and self._room._size_of(key) in self._sizes
 
     def __iter__(self) -> Iterator[Key]:
-        for size, slabs in enumerate(self._room._stuck):
-            if size != self._size:
-                for slab in slabs:
-                    self._room._passed[size].add(slab)
-                    yield from self._room._keys_in[slab]
+        return (key for key in self._room.slot_of if key in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence, Set
 
 from triton_offload.scheduler.free_slots import FreeSlots
@@ -21,14 +22,19 @@ class SharedSlabs:
         self._whole = FreeSlots(slabs.num_slabs)
         self.size_of = [_FREE] * slabs.num_slabs
         self._free_in: list[list[int]] = [[] for _ in self.size_of]  # by slab that is cut
-        # By size: the slabs that have free slots, and how many these have; all that are cut by it.
-        self._open: list[dict[int, None]] = [{} for _ in slabs.sizes]
+        # By size: the slabs that have free slots, the next one last; how many these have; and how
+        # many slabs are cut by it.
+        self._open: list[OrderedDict[int, None]] = [OrderedDict() for _ in slabs.sizes]
         self._num_free = [0] * len(slabs.sizes)
         self._num_cut = [0] * len(slabs.sizes)
 
     def num_free(self, size: int) -> int:
         """How many slots of this size can be taken."""
         return self._num_free[size] + len(self._whole) * self._slabs.sizes[size].per_slab
+
+    def num_begun(self, size: int) -> int:
+        """How many of them lie in slabs that are cut by it."""
+        return self._num_free[size]
 
     def num_used(self, size: int) -> int:
         return self._num_cut[size] * self._slabs.sizes[size].per_slab - self._num_free[size]
@@ -80,6 +86,7 @@ class SharedSlabs:
             self.size_of[slab] = size
             self._free_in[slab].extend(reversed(self._slabs.sizes[size].slots(slab)))
             self._open[size][slab] = None
+            self._open[size].move_to_end(slab, last=False)  # what is begun comes first
         self._num_cut[size] += count
         self._num_free[size] += count * self._slabs.sizes[size].per_slab
 

@@ -68,7 +68,7 @@ def whole_chunks(
     rows = run.rows[ranges.firsts].tolist()
     for place, row, count in zip(ranges.firsts.tolist(), rows, ranges.counts.tolist(), strict=True):
         for there, here in columns:
-            yield from _slices(there, row, step, here, place, count)
+            yield from _slices(there, row, here, place, count, step)
 
 
 def chunk_batches(
@@ -156,10 +156,10 @@ def _columns(rows: torch.Tensor, offset: int, num_bytes: int) -> torch.Tensor:
 
 
 def _slices(
-    there: torch.Tensor, first: int, step: int, here: torch.Tensor, place: int, num_rows: int
+    there: torch.Tensor, first: int, here: torch.Tensor, place: int, num_rows: int, step: int = 1
 ) -> Iterator[Pair]:
-    """So many rows, each `step` after the one before, from `first` on and as many from `place` on,
-    in slices."""
+    """So many rows from `first` on, each `step` after the one before, and from `place` on, in
+    slices."""
     # Each is cut out at once: a view of a view takes its caller twice the time.
     width = here.shape[1]
     rows = max(1, SLICE_BYTES // width)
