@@ -197,7 +197,9 @@ def until_killed(model: Path, started: Path, parallel: str) -> None:
         llm.reset_prefix_cache()
         if not started.exists():
             written = started.with_suffix(".new")
-            written.write_text(json.dumps({"shared_files": sorted(map(str, shared_files(of_session())))}))
+            written.write_text(
+                json.dumps({"shared_files": sorted(map(str, shared_files(of_session())))})
+            )
             written.rename(started)
 
 
