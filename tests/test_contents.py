@@ -52,8 +52,8 @@ def test_bytes_of_several_groups_are_cleared_by_every_fresh_store():
     slots = Slots()
     slots.store(1)
     assert slots.store(2, fresh=False).stale == ()  # keeps group 1's
-    assert slots.store(1).stale == (0, 1, 2)
-    assert slots.store(1).stale == ()
+    assert slots.store(2).stale == (0, 1, 2)
+    assert slots.store(2).stale == ()
 
 
 def test_a_store_that_keeps_bytes_of_its_own_group_leaves_the_slot_to_that():
@@ -117,3 +117,5 @@ def test_each_slot_has_a_flag_of_its_own():
     marks = slots.store(1, first=1, count=4, fresh=[True, True, False])
     assert (marks.stale, marks.unfilled, marks.kept) == ((0, 1), (0,), (2,))
     assert slots.store(1).stale == (2,)
+    assert slots.store(2, fresh=[True, False, True]).stale == (0, 2)
+    assert slots.store(2).stale == (1,)  # which keeps bytes of group 1

@@ -392,8 +392,10 @@ def test_a_reset_forgets_what_was_to_be_dropped(world: World) -> None:
     world.load(make_request("b", 1, prefix="a"))
     scheduler._failed_jobs.add(99)
     world.devices[0].faults.clear()
+    assert scheduler._lost._chunks, "another load still uses them"
     world.scheduler.reset_cache()
     assert not scheduler._failed_jobs
+    assert not scheduler._lost._chunks
     world.step([(request, 0)])
     world.settle()
     assert world.found(request) == [HIT] * 2
