@@ -44,8 +44,10 @@ class Family:
 
 FAMILIES = {
     "mistral": Family("MistralConfig", {"sliding_window": 64}),
-    # vLLM knows no Gemma 2 whose embeddings are not tied.
-    "gemma2": Family("Gemma2Config", {**_WINDOWS, "tie_word_embeddings": True}),
+    # vLLM knows no Gemma 2 whose embeddings are not tied: they are small beside what layers add.
+    "gemma2": Family(
+        "Gemma2Config", {**_WINDOWS, "tie_word_embeddings": True, "initializer_range": 0.05}
+    ),
     "gemma3": Family("Gemma3TextConfig", _WINDOWS),
     "gpt_oss": Family(
         "GptOssConfig", {**_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}
