@@ -23,9 +23,9 @@ pytestmark = pytest.mark.engine
 
 CLIENTS = 32
 ROUNDS = 3
-# Of 48 prompts of some 11 blocks the device holds a handful, the host pool about a third.
-_SMALL = "--num-gpu-blocks-override 64 --max-model-len 640 --max-num-seqs 12"
-_EXTRA = {"cpu_bytes_to_use": "6MiB", "blocks_per_chunk": 2}
+# Of 48 prompts of some 11 blocks the device holds four, and the host pool, of 48 blocks, as many.
+_SMALL = "--num-gpu-blocks-override 48 --max-model-len 640 --max-num-seqs 12"
+_EXTRA = {"cpu_bytes_to_use": "3MiB", "blocks_per_chunk": 2}
 BYTES = "vllm:kv_offload_total_bytes_total"
 TWO_STRINGS, THREE_STRINGS = "OffloadingConnector", "TritonOffloadingConnector"
 
@@ -59,9 +59,12 @@ class Served:
         right = []
         for each, token_ids in zip(asked, answered, strict=True):
             wanted = self.expected[each.prompt].token_ids
-            if each.manner is Manner.ABORTED:
+            if each.manner is Manner.ABORTED:  # by now it may have more tokens than are known
                 assert len(token_ids) >= 3
-                wanted = wanted[: len(token_ids)]
+                known = min(len(token_ids), len(wanted))
+                token_ids, wanted = token_ids[:known], wanted[:known]
+            if token_ids != wanted:
+                print(each.manner, token_ids, "in place of", wanted)
             right.append(token_ids == wanted)
         print(
             {manner.value: sum(a.manner is manner for a in asked) for manner in Manner},
@@ -103,12 +106,15 @@ def settled(server: Server) -> Metrics:
 
 
 def check_bytes(metrics: Metrics) -> None:
-    """Both ways something was moved, and vLLM counts as many bytes as we do."""
+    """Both ways much was moved, as many bytes as vLLM counts; what was stored had no room."""
     for direction, theirs in (("store", "GPU_to_CPU"), ("load", "CPU_to_GPU")):
         ours = metrics.total("triton_offload_bytes_total", direction=direction)
         assert ours == metrics.total(BYTES, transfer_type=theirs) > 0
         assert jobs(metrics, direction, "success") > 10
         assert metrics.total("triton_offload_transfer_seconds_total", direction=direction) > 0
+        print(f"{direction}: {jobs(metrics, direction, 'success'):.0f} jobs, {ours:.0f} bytes")
+    stored = metrics.total("triton_offload_bytes_total", direction="store")
+    assert stored > 2 * metrics.total("triton_offload_pool_bytes")
 
 
 def jobs(metrics: Metrics, direction: str, status: str) -> float:
@@ -129,7 +135,6 @@ def test_every_answer_is_right(served: Served, connector: str | None) -> None:
             for direction in ("store", "load"):
                 assert jobs(metrics, direction, "failed") == 0
                 assert metrics.total("triton_offload_survived_total", direction=direction) == 0
-            assert metrics.total("triton_offload_pool_bytes") > 0
         assert server.is_healthy()
         assert server.stop() == 0
 

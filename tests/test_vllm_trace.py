@@ -167,5 +167,6 @@ def test_an_hour_of_real_requests_is_answered_right_in_flat_memory(tmp_path: Pat
     assert not wrong
     assert tied < len(given) // 10
     assert min(moved.values()) > 0
-    # A list that keeps a page of each request would come to several times as much.
-    assert growth(memory) < max(growth(plain_memory), 0) + 64 * 1024 * len(given) // 100
+    # A server without us grows as well. A page kept for each request of the hour would be 94 MiB
+    # in that time.
+    assert growth(memory) < max(growth(plain_memory), 0) + (32 << 20)
