@@ -36,9 +36,9 @@ def shared_files(processes: Iterable[int]) -> set[str]:
     return {name for name in names if not name.endswith(" (deleted)")}
 
 
-def wait_until(what: Callable[[], bool], why: Callable[[], object]) -> None:
-    """Until `what` is true; a test that waited for two minutes fails with `why`."""
-    deadline = time.monotonic() + 120
+def wait_until(what: Callable[[], bool], why: Callable[[], object], seconds: float = 120) -> None:
+    """Until `what` is true; a test that waited for so long fails with `why`."""
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, why()
         time.sleep(0.1)
