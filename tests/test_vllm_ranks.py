@@ -225,7 +225,7 @@ def test_answers_equal_those_without_a_connector_whatever_fails_on_one_rank(
 @pytest.mark.engine
 def test_a_killed_rank_ends_the_whole_engine_and_nothing_remains(scenarios: Scenarios) -> None:
     with scenarios.start("until_killed", "tensor") as (client, started):
-        wait_until(started.exists, scenarios.log)
+        wait_until(started.exists, scenarios.log, seconds=500)
         ranks = [i for i, name in of_session(client.pid).items() if name.startswith("VLLM::Worker")]
         assert len(ranks) == 2
         os.kill(max(ranks), signal.SIGKILL)
