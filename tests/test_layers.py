@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from schedules import small_sizes
+from schedules import CONFIGURATIONS, run_schedule, small_sizes
 
 from triton_offload import KVOffloader, TransferFailedError
 from triton_offload.calibration import Path
 from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
+from triton_offload.testing.engine import EngineMemory
 from triton_offload.transfer import layers as transfer_layers
 from triton_offload.transfer.layers import LEAST_BYTES, MOST_BANDS, Layers
 from triton_offload.transfer.layout import CacheLayout
@@ -468,3 +469,42 @@ def test_a_load_by_layers_is_prepared_under_the_lock():
         with patch.object(worker._pipeline, "_prepare_loads", prepare):
             e.load().wait()
         assert held == [True]
+
+
+# -- the simulations' own engine --
+
+
+def test_the_engine_of_the_simulations_reads_each_layer_behind_its_own_wait(monkeypatch):
+    waits: list[tuple[int, int]] = []  # (job, layer), since the last read of a layer
+    seen = Counter[str]()
+    wait_on, wait_for_layer = (
+        OffloadingQueueManager.wait_on,
+        OffloadingQueueManager.wait_for_layer,
+    )
+    read = EngineMemory.read
+
+    def on_stream(self, job, stream, layer=None):
+        seen["streams"] += layer is not None
+        waits.extend([(job, layer)] if layer is not None else [])
+        wait_on(self, job, stream, layer)
+
+    def on_host(self, job, layer, timeout=None):
+        seen["hosts"] += 1
+        waits.append((job, layer))
+        wait_for_layer(self, job, layer, timeout)
+
+    def reading(self, group, blocks, tensors=None):
+        if tensors is not None:
+            seen["reads"] += 1
+            assert len(tensors) == 1
+            assert len(waits) == 1, "one wait for one read"
+            waits.clear()
+        read(self, group, blocks, tensors)
+
+    monkeypatch.setattr(OffloadingQueueManager, "wait_on", on_stream)
+    monkeypatch.setattr(OffloadingQueueManager, "wait_for_layer", on_host)
+    monkeypatch.setattr(EngineMemory, "read", reading)
+    for seed in range(10):
+        run_schedule(CONFIGURATIONS["staged, layers"], seed)
+    assert seen["reads"] == seen["streams"] + seen["hosts"] > 50
+    assert seen["hosts"] > 0

@@ -1,5 +1,8 @@
-"""A real vLLM engine whose steps wait for loads, layer by layer (vLLM 0.32 and `sync_connector.py`;
-of 0.33 no engine runs on a CPU here, and `test_vllm_layers.py` drives its two halves)."""
+"""A real vLLM engine whose steps wait for loads, layer by layer.
+
+It is vLLM 0.32, with `sync_connector.py`. Of 0.33 no engine runs on a CPU here:
+`test_vllm_layers.py` drives its two halves.
+"""
 
 from __future__ import annotations
 

@@ -232,6 +232,16 @@ def test_a_layer_that_fails_fails_the_blocks_of_its_load_in_the_same_step(
     assert world.ranks[0].build_connector_worker_meta().failed_jobs == {7}
 
 
+def test_the_end_of_a_step_waits_for_its_loads(world: LayeredWorld) -> None:
+    world.learn()
+    gate = world.hold_second_layer()
+    world.submit(7)
+    threading.Timer(0.05, gate.set).start()
+    world.end_step()
+    assert gate.is_set()
+    assert world.ranks[0].build_connector_worker_meta().completed_jobs == {7: 1}
+
+
 def test_a_refused_load_is_not_waited_for(
     world: LayeredWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,12 +94,14 @@ def the_release_is_recorded_before_the_gather():
 
 @mutant("3", serving("staged"))
 def wait_on_does_nothing():
-    return patch.object(Pipeline, "wait_on", lambda self, job, stream, timeout=None: None)
+    return patch.object(
+        Pipeline, "wait_on", lambda self, job, stream, timeout=None, layer=None: None
+    )
 
 
 @mutant("3", serving("staged, window"))
 def wait_on_takes_an_event_that_is_not_recorded_yet():
-    def wait_on(self, job, stream, timeout=None):
+    def wait_on(self, job, stream, timeout=None, layer=None):
         with self._lock:
             event = job.last.released if job.last and job.queued else job.end
             self._device.wait(stream, event or self._device.new_event())

@@ -4,7 +4,7 @@ The ordering rules that every transfer keeps; the code names them where it does:
 
 1. A store reads pages only after what was queued on the engine's stream at submission.
 2. A load writes pages only after that too; its copy into staging starts at once.
-3. Pages are the job's until it releases them.
+3. Pages are the job's until it releases them; a load by layers does so band by band.
 4. A staging buffer, or memory of ids, is refilled only after its last use. Lanes share none.
 5. Jobs of one lane end in the order of their submission; expedited loads have a lane of their own.
 6. A slot is not written while another job reads or writes it, whatever the manager says.
@@ -28,7 +28,7 @@ from typing import cast
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.device import Device
-from triton_offload.device.base import WHERE, Stream
+from triton_offload.device.base import WHERE, Event, Stream
 from triton_offload.device.deferred import Deferred
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
@@ -287,12 +287,10 @@ class Pipeline:
                 if job.finished:
                     return
                 event = job.released_after(layer)
-                head = None if event is not None else self._lanes[job.lane].next_event
-                if event is not None and (
-                    self._deferred is None or self._deferred.is_recorded(event)
-                ):
+                if event is not None and self._is_known(event):
                     self._device.wait(stream, event)
                     return
+                head = None if event is not None else self._lanes[job.lane].next_event
             self._block(head, deadline, f"job {job.job_id} was not queued within {timeout} s")
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -337,6 +335,10 @@ class Pipeline:
         if layout is None:
             raise RuntimeError("the worker is shut down")
         return layout
+
+    def _is_known(self, event: Event) -> bool:
+        """Whether the device has recorded it, so that other streams can wait for it."""
+        return self._deferred is None or self._deferred.is_recorded(event)
 
     def _prepare_loads(self, groups: Iterable[GroupLayout]) -> None:
         parts = list(groups)

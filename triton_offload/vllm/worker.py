@@ -109,14 +109,8 @@ class TritonOffloadingWorker(vllm_base.OffloadingWorker):  # type: ignore[misc] 
     ) -> bool:
         """Queue host to device; `expedited`: the step waits for it, with `layers` (of `layers`)
         layer by layer. Returns True, or raises."""
-        self._submit(
-            job_id,
-            _slots(src_spec),
-            _pages(dst_spec),
-            Direction.LOAD,
-            expedited=expedited,
-            layers=layers,
-        )
+        src, dst = _slots(src_spec), _pages(dst_spec)
+        self._submit(job_id, src, dst, Direction.LOAD, expedited=expedited, layers=layers)
         return True
 
     def layers(self, tensors: Sequence[Sequence[int]]) -> Layers:
