@@ -36,6 +36,12 @@ HYBRID = CacheShape(
 )
 # Chunks of few bytes, many to a segment: scattered ones leave in batches.
 MANY = CacheShape(tensors=((8, 8), (4, 4)), blocks_per_chunk=1, num_blocks=40, num_slots=20)
+# Slots of 32, 48 and 16 bytes in slabs of 100: none divides it, and the last has padded pages.
+SIZES = CacheShape(
+    tensors=((16, 16), (8, 12), (16, 16)),
+    groups=(((0, 16),), ((1, 8), (2, 16)), ((1, 5),)),
+    slab_bytes=100,
+)
 SINGLE = CacheShape(tensors=((32, 32),), blocks_per_chunk=1)
 
 # Big jobs by the copy engine, loads on mapped memory where they are small: neighbours differ.
@@ -99,6 +105,10 @@ CONFIGURATIONS = {
     "mixed paths": Configuration(CacheShape(), MIXED_PATHS),
     "crossing paths": Configuration(CacheShape(), CROSSING_PATHS),
     "mixed paths, hybrid": Configuration(HYBRID, MIXED_PATHS),
+    "staged, sizes": Configuration(SIZES, Path.STAGED),
+    "zero copy, sizes": Configuration(SIZES, Path.ZERO_COPY),
+    "copy engine, sizes": Configuration(SIZES, Path.COPY_ENGINE),
+    "mixed paths, sizes": Configuration(SIZES, MIXED_PATHS, buffer_chunks=3),
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from triton_offload import KVOffloader, PoolFullError
+from triton_offload import KVOffloader, PipelineOptions, PoolFullError
 from triton_offload.testing import SimulatedDevice
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -61,7 +61,7 @@ def test_bytes_come_back_whatever_slab_was_cut_for_what(path, pool):
     with KVOffloader(
         kv, pool, 2, groups=GROUPS, path=path, calibration="off", enable_events=True
     ) as offloader:
-        for step in range(120):
+        for step in range(60):
             group = int(rng.integers(2))
             first = int(rng.integers(0, BLOCKS - 6))
             count = int(rng.integers(1, 6)) if group == 0 else 2
@@ -130,7 +130,10 @@ def test_stats_tell_the_sizes_apart():
 def test_a_pool_that_is_full_of_what_is_in_use_says_so_and_keeps_it():
     with SimulatedDevice(1) as device:
         kv = [device.empty(BLOCKS * size).view(BLOCKS, size) for size in PAGES]
-        with KVOffloader(kv, 2 * LARGE_BYTES, 2, groups=GROUPS, device=device) as offloader:
+        options = PipelineOptions(buffer_bytes=1000, max_indices=64)
+        with KVOffloader(
+            kv, 2 * LARGE_BYTES, 2, groups=GROUPS, device=device, options=options
+        ) as offloader:
             offloader.store([b"a"], [0, 1], group=1).wait()
             jobs = [offloader.store([b"b"], [0, 1], group=0)]
             jobs.append(offloader.load([b"a"], [2, 3], group=1))
@@ -150,5 +153,5 @@ def test_groups_are_asked_for_by_their_numbers():
         for group in (2, -1, True):
             with pytest.raises(ValueError, match="group"):
                 offloader.num_chunks_of(group)
-        with pytest.raises(ValueError, match="host_bytes: .* 640 bytes, got 639"):
+        with pytest.raises(ValueError, match=r"host_bytes: .* 640 bytes, got 639"):
             KVOffloader(caches(5), LARGE_BYTES - 1, 2, groups=GROUPS)
