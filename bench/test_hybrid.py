@@ -124,7 +124,7 @@ def key_of(number: int, group: int) -> bytes:
     return number.to_bytes(32, "little") + group.to_bytes(4, "big")
 
 
-def replay(pool: Pool, requests: list[test_manager.Request], num_bytes: int) -> Found:  # noqa: F811
+def replay(pool: Pool, requests: list[test_manager.Request], num_bytes: int) -> Found:
     hits = asked = 0
     used: list[int] = []
     first = 0
