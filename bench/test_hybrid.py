@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytest
-from test_manager import Request, requests  # noqa: F401
+import test_manager
 from timing import note
 
 from triton_offload.scheduler.manager import CPUOffloadingManager
 from triton_offload.slabs import Slabs
 
+requests = test_manager.requests  # the fixture
 KIB, GIB = 1 << 10, 1 << 30
 FULL, WINDOWED = 0, 1
 SLOT_BYTES = (160 * KIB, 1920 * KIB)
@@ -123,7 +124,7 @@ def key_of(number: int, group: int) -> bytes:
     return number.to_bytes(32, "little") + group.to_bytes(4, "big")
 
 
-def replay(pool: Pool, requests: list[Request], num_bytes: int) -> Found:  # noqa: F811
+def replay(pool: Pool, requests: list[test_manager.Request], num_bytes: int) -> Found:
     hits = asked = 0
     used: list[int] = []
     first = 0
@@ -150,7 +151,7 @@ def replay(pool: Pool, requests: list[Request], num_bytes: int) -> Found:  # noq
 @pytest.mark.parametrize("gib", [4, 16, 64])
 def test_hits_and_bytes_of_a_hybrid_model(
     benchmark: Any,
-    requests: list[Request],
+    requests: list[test_manager.Request],
     gib: int,
 ) -> None:
     num_bytes = gib * GIB

@@ -42,6 +42,12 @@ HYBRID = CacheShape(
 MANY = CacheShape(tensors=((8, 8), (4, 4)), blocks_per_chunk=1, num_blocks=40, num_slots=20)
 # Five layers, in bands of one, two and two.
 LAYERS = CacheShape(tensors=((8, 8), (4, 4), (6, 8), (4, 4), (6, 6)))
+# Slots of 32, 48 and 16 bytes in slabs of 100: none divides it, and the last has padded pages.
+SIZES = CacheShape(
+    tensors=((16, 16), (8, 12), (16, 16)),
+    groups=(((0, 16),), ((1, 8), (2, 16)), ((1, 5),)),
+    slab_bytes=100,
+)
 SINGLE = CacheShape(tensors=((32, 32),), blocks_per_chunk=1)
 
 # Big jobs by the copy engine, loads on mapped memory where they are small: neighbours differ.
@@ -114,6 +120,11 @@ CONFIGURATIONS = {
     "zero copy, layers, odd sizes": Configuration(ODD, Path.ZERO_COPY, layers=True),
     "copy engine, layers, hybrid": Configuration(HYBRID, Path.COPY_ENGINE, layers=True),
     "crossing paths, layers": Configuration(LAYERS, CROSSING_PATHS, layers=True),
+    "staged, sizes": Configuration(SIZES, Path.STAGED),
+    "zero copy, sizes": Configuration(SIZES, Path.ZERO_COPY),
+    "copy engine, sizes": Configuration(SIZES, Path.COPY_ENGINE),
+    "mixed paths, sizes": Configuration(SIZES, MIXED_PATHS, buffer_chunks=3),
+    "mixed paths, sizes, layers": Configuration(SIZES, MIXED_PATHS, layers=True),
 }
 
 

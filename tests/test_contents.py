@@ -10,7 +10,7 @@ import torch
 from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec
 from triton_offload.transfer.contents import SlotContents, SlotMarks
-from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.layout import CacheLayout, place
 
 # Group 0 covers the others; 1 and 2 have a tensor each; 3 is padded, with less of 1's tensor.
 GROUPS = [[(0, 8), (1, 4)], [(0, 8)], [(1, 4)], [(0, 5)]]
@@ -119,3 +119,26 @@ def test_each_slot_has_a_flag_of_its_own():
     assert slots.store(1).stale == (2,)
     assert slots.store(2, fresh=[True, False, True]).stale == (0, 2)
     assert slots.store(2).stale == (1,)  # which keeps bytes of group 1
+
+
+def test_in_a_slab_that_held_others_bytes_the_gaps_are_cleared():
+    """Slots of 20 bytes with gaps, and of 16 without, one of each to a slab."""
+    tensors = [torch.zeros((16, 8), dtype=torch.uint8), torch.zeros((16, 2), dtype=torch.uint8)]
+    layout = CacheLayout(tensors, 2, [[(0, 5), (1, 2)], [(0, 8)]], packed=True)
+    slabs = Slabs.of(24, 4, layout.slot_sizes)
+    contents = SlotContents(layout, slabs)
+
+    def store(group: int, slots: list[int]) -> tuple[int, ...]:
+        sizes = [2 * len(slots) if g == group else 0 for g in range(2)]
+        spec = CPULoadStoreSpec(slots, fresh=True)
+        pages = GPULoadStoreSpec(range(2 * len(slots)), sizes)
+        (run,) = place(layout.plan(Direction.STORE, pages, spec, slabs.num_slots), slabs)
+        marks = contents.store(run)
+        contents._check()
+        return marks.stale
+
+    assert store(1, [6]) == ()  # in slab 2
+    assert store(0, [0, 2]) == (1,)
+    assert store(0, [0, 2]) == ()
+    assert store(1, [4, 6]) == ()  # which covers all that the others left
+    assert store(0, [0, 1, 2]) == (0, 2)

@@ -175,6 +175,25 @@ def test_a_slab_that_a_reset_left_to_a_transfer_is_cut_anew_when_that_has_ended(
     assert manager.used_by_size() == [0, 4]
 
 
+def test_no_chunk_of_a_call_is_evicted_for_it():
+    manager = CPUOffloadingManager(FOUR)
+    store(manager, named(LARGE, 0, 4), LARGE)
+    keys = [*named(LARGE, 3), *named(LARGE, 10, 4)]
+    assert manager.prepare_store(keys, size=LARGE) is None
+    assert held(manager, named(LARGE, 0, 4)) == named(LARGE, 0, 4)
+    assert store(manager, keys[:4], LARGE) == (b"1.2", b"1.1", b"1.0")
+
+
+def test_what_left_with_its_slab_is_a_ghost_of_arc():
+    manager = CPUOffloadingManager(Slabs.of(30, 6, [10, 30]), "arc")
+    store(manager, named(SMALL, 0, 12), SMALL)
+    store(manager, named(LARGE, 0, 2), LARGE)
+    evicted = store(manager, named(LARGE, 2), LARGE)
+    assert len(evicted) > 2
+    policy = manager._policy
+    assert {*policy._ghost_recent, *policy._ghost_frequent} >= set(evicted)
+
+
 # -- fair by bytes --
 
 MANY = Slabs.of(120, 200, [10, 120])

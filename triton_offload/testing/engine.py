@@ -9,7 +9,7 @@ they read with the model, when they run.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,8 @@ Bytes = npt.NDArray[np.uint8]
 class CacheShape:
     """Bytes of a small cache. `tensors`: (page bytes, bytes from page to page) each. `groups`:
     (tensor, page bytes) of each group's pages, as for `CacheLayout`; None: one group of all.
-    `row_gap`: bytes between two slots of the pool."""
+    `row_gap`: bytes between two slots of the pool. `slab_bytes`: not 0 for slots that are as large
+    as their group needs; then `num_slots` are slabs of so many bytes, which each size cuts."""
 
     tensors: Sequence[tuple[int, int]] = ((16, 16), (8, 12))
     blocks_per_chunk: int = 2
@@ -37,6 +38,7 @@ class CacheShape:
     num_blocks: int = 24
     num_slots: int = 12
     row_gap: int = 0
+    slab_bytes: int = 0
 
 
 class EngineMemory:
@@ -51,18 +53,31 @@ class EngineMemory:
             memory.as_strided((shape.num_blocks, page), (stride, 1), int(start))
             for (page, stride), start in zip(shape.tensors, starts, strict=False)
         ]
-        self.layout = CacheLayout(self.tensors, shape.blocks_per_chunk, shape.groups)
-        rows = torch.zeros(
-            (shape.num_slots, self.layout.slot_bytes + shape.row_gap), dtype=torch.uint8
-        )
+        packed = shape.slab_bytes > 0
+        self.layout = CacheLayout(self.tensors, shape.blocks_per_chunk, shape.groups, packed=packed)
+        row_bytes = shape.slab_bytes or self.layout.slot_bytes
+        rows = torch.zeros((shape.num_slots, row_bytes + shape.row_gap), dtype=torch.uint8)
         if pinned:
             device.register(rows)
-        self.pool = HostPool.from_tensor(device, rows[:, : self.layout.slot_bytes], pinned=pinned)
-        self._rows = rows.numpy()
+        self.pool = HostPool.from_tensor(
+            device,
+            rows[:, :row_bytes],
+            pinned=pinned,
+            sizes=self.layout.slot_sizes if packed else (),
+        )
+        self._pool_bytes = rows.numpy().ravel()
         self._memory = memory.numpy()
         #: the bytes of the cache, and of the pool, when all that is queued has run
         self.cache = self._memory.copy()
-        self.slots = self._rows.copy()
+        self.slots = self._pool_bytes.copy()
+        # By slot: where it begins in the pool, and its slab.
+        self._begins = np.empty(self.pool.slabs.num_slots, dtype=np.int64)
+        self._slabs = np.empty_like(self._begins)
+        for size in self.pool.slabs.sizes:
+            for slab in range(shape.num_slots):
+                for i, slot in enumerate(size.slots(slab)):
+                    self._begins[slot] = slab * rows.shape[1] + i * size.num_bytes
+                    self._slabs[slot] = slab
         members = shape.groups or [[(i, page) for i, (page, _) in enumerate(shape.tensors)]]
         padded = [page for page, _ in shape.tensors]
         blocks = np.arange(shape.num_blocks)[:, None]
@@ -74,8 +89,11 @@ class EngineMemory:
             pages = [
                 starts[i] + blocks * shape.tensors[i][1] + np.arange(size) for i, size in group
             ]
+            before = {i for i, _ in group} if packed else range(len(padded))
             within = [
-                shape.blocks_per_chunk * sum(padded[:i]) + places * padded[i] + np.arange(size)
+                shape.blocks_per_chunk * sum(padded[j] for j in before if j < i)
+                + places * padded[i]
+                + np.arange(size)
                 for i, size in group
             ]
             self._pages.append(np.concatenate(pages, axis=1))
@@ -136,17 +154,15 @@ class EngineMemory:
     def model_store(
         self, group: int, blocks: Ids, slot_ids: Ids, first: int, fresh: npt.NDArray[np.bool_]
     ) -> None:
-        self.slots[slot_ids[fresh], : self.layout.slot_bytes] = 0
+        self.slots[self._cells(group, slot_ids[fresh])] = 0
         chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
-        self.slots[slot_ids[chunk][:, None], self._within[group][position]] = self.cache[
-            self._pages[group][blocks]
-        ]
+        places = self._begins[slot_ids[chunk]][:, None] + self._within[group][position]
+        self.slots[places] = self.cache[self._pages[group][blocks]]
 
     def model_load(self, group: int, blocks: Ids, slot_ids: Ids, first: int) -> None:
         chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
-        self.cache[self._pages[group][blocks]] = self.slots[
-            slot_ids[chunk][:, None], self._within[group][position]
-        ]
+        places = self._begins[slot_ids[chunk]][:, None] + self._within[group][position]
+        self.cache[self._pages[group][blocks]] = self.slots[places]
 
     def snapshot(self, group: int, blocks: Ids) -> Bytes:
         """The model's bytes of these blocks, for `restore` where a load was taken back."""
@@ -154,6 +170,28 @@ class EngineMemory:
 
     def restore(self, group: int, blocks: Ids, saved: Bytes) -> None:
         self.cache[self._pages[group][blocks]] = saved
+
+    def snapshot_slots(self, group: int, slot_ids: Ids) -> Bytes:
+        """The model's bytes of these slots, for `restore_slots` where a store was taken back."""
+        return self.slots[self._cells(group, slot_ids)]
+
+    def restore_slots(self, group: int, slot_ids: Ids, saved: Bytes) -> None:
+        self.slots[self._cells(group, slot_ids)] = saved
+
+    # -- slots --
+
+    def slots_for(self, group: int) -> range:
+        """The ids of all slots that the group's chunks may be given."""
+        size = self.pool.slabs.sizes[self.layout.groups[group].size]
+        return range(size.first, size.first + self.shape.num_slots * size.per_slab)
+
+    def slabs_of(self, slot_ids: Iterable[int]) -> set[int]:
+        """Slots of different slabs share no byte; nor do those of one size."""
+        return {int(self._slabs[slot]) for slot in slot_ids}
+
+    def _cells(self, group: int, slot_ids: Ids) -> Ids:
+        num_bytes = self.pool.slabs.sizes[self.layout.groups[group].size].num_bytes
+        return self._begins[slot_ids][:, None] + np.arange(num_bytes)
 
     # -- comparing --
 
@@ -165,16 +203,19 @@ class EngineMemory:
         self.check_reads()
         for name, found, expected in (
             ("cache", self._memory, self.cache),
-            ("pool", self._rows.ravel(), self.slots.ravel()),
+            ("pool", self._pool_bytes, self.slots),
         ):
             bad = np.flatnonzero(found != expected)
             assert not len(bad), f"{name}: {len(bad)} wrong bytes, the first at {bad[0]}"
 
     def host_reads(self, slot_ids: Sequence[int]) -> None:
-        """The host looks at slots, which must hold what the model says."""
-        for slot in slot_ids:
-            self.device.touch(reads=[self.pool.slots[slot]])
-            assert np.array_equal(self._rows[slot], self.slots[slot]), f"slot {slot}: wrong bytes"
+        """The host looks at slots, and all that is in their slabs, which must hold what the model
+        says."""
+        row_bytes = len(self.slots) // self.shape.num_slots
+        for slab in sorted(self.slabs_of(slot_ids)):
+            self.device.touch(reads=[self.pool.slots[slab]])
+            row = slice(slab * row_bytes, (slab + 1) * row_bytes)
+            assert np.array_equal(self._pool_bytes[row], self.slots[row]), f"{slab}: wrong bytes"
 
     def _launch(
         self,

@@ -155,14 +155,15 @@ class ServingEngine:
             count = self._rng.randint(1, count)
         blocks = np.array(request.blocks[begin : begin + count], dtype=np.int64)
         first = begin % self._span
-        slots = self._pick_slots(-(-(first + count) // self._span))
+        slots = self._pick_slots(request.group, -(-(first + count) // self._span))
         fresh = np.array([self._rng.random() < 0.7 for _ in slots])
-        before = self.memory.slots[slots].copy()
+        before = self.memory.snapshot_slots(request.group, slots)
         self.memory.model_store(request.group, blocks, slots, first, fresh)
         transfer = self._submit("store", request.group, blocks, slots, first, fresh)
         if self._taken_back(transfer):
-            self.memory.slots[slots] = before
+            self.memory.restore_slots(request.group, slots, before)
         else:
+            self._forget_across(request.group, slots)
             self._stored.update(dict.fromkeys(slots.tolist(), request.group))
 
     def reload(self, lane: str) -> None:
@@ -211,9 +212,10 @@ class ServingEngine:
         awaited = self._rng.sample(everyone, min(len(everyone), count))
         self.queue.wait([transfer.job_id for transfer in awaited])
         others = [t for t in everyone if t not in awaited]
-        busy = {slot for other in others for slot in other.slots}
-        mine = {slot for transfer in awaited for slot in transfer.slots}
-        self.memory.host_reads(sorted(mine - busy))
+        slabs_of = self.memory.slabs_of
+        busy = slabs_of(slot for other in others for slot in other.slots)
+        mine = [slot for transfer in awaited for slot in transfer.slots]
+        self.memory.host_reads([slot for slot in mine if not slabs_of([slot]) & busy])
         self.collect()
         late = [t.job_id for t in awaited if t.job_id in self._transfers]
         assert not late, f"jobs {late} were waited for, and are not reported"
@@ -321,9 +323,16 @@ class ServingEngine:
         self._free = [block for block in self._free if block not in taken]
         return taken
 
-    def _pick_slots(self, count: int) -> Ids:
-        total = self.memory.shape.num_slots
+    def _pick_slots(self, group: int, count: int) -> Ids:
+        slots = self.memory.slots_for(group)
         if self._rng.random() < 0.5:
-            start = self._rng.randrange(total - count + 1)
+            start = slots[self._rng.randrange(len(slots) - count + 1)]
             return np.arange(start, start + count)
-        return np.array(self._rng.sample(range(total), count), dtype=np.int64)
+        return np.array(self._rng.sample(slots, count), dtype=np.int64)
+
+    def _forget_across(self, group: int, slots: Ids) -> None:
+        """What slots of other sizes hold in these slabs is gone."""
+        mine, slabs = self.memory.slots_for(group), self.memory.slabs_of(slots.tolist())
+        for slot in list(self._stored):
+            if slot not in mine and self.memory.slabs_of([slot]) & slabs:
+                del self._stored[slot]
