@@ -46,7 +46,13 @@ FAMILIES = {
     "mistral": Family("MistralConfig", {"sliding_window": 64}),
     # vLLM knows no Gemma 2 whose embeddings are not tied: they are small beside what layers add.
     "gemma2": Family(
-        "Gemma2Config", {**_WINDOWS, "tie_word_embeddings": True, "initializer_range": 0.05}
+        "Gemma2Config",
+        {
+            **_WINDOWS,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.05,
+            "query_pre_attn_scalar": 1,
+        },
     ),
     "gemma3": Family("Gemma3TextConfig", _WINDOWS),
     "gpt_oss": Family(

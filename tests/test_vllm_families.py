@@ -40,7 +40,7 @@ def test_loaded_outputs_equal_those_without_a_connector(name: str, tmp_path: Pat
     family = FAMILIES[name]
     seen = _run(name, tmp_path)
     num_prompts = len(seen["recomputed"])
-    assert all(len(set(answer)) > 2 for answer in seen["recomputed"]), "always the same"
+    assert len(set(map(tuple, seen["recomputed"]))) == num_prompts, "no matter what is asked"
     if family.depends_on_hits:
         assert seen["stored"] == seen["first"]
         assert seen["loaded"] == seen["hit"]
