@@ -15,7 +15,7 @@ from triton_offload.device.host import HostDevice
 
 
 class _EveryTenthFails(HostDevice):
-    """Of the operations that gather pages each tenth fails under way, of those that scatter, too."""
+    """Of what gathers pages each tenth fails under way, of what scatters them, too."""
 
     def __init__(self) -> None:
         super().__init__()
