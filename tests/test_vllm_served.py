@@ -19,7 +19,7 @@ from served import Metrics, Server, words
 from served_clients import Asked, Manner, ask_all
 from served_model import Prompt, answers, prompts, speaking_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]  # vllm serve may take minutes to start
 
 CLIENTS = 32
 ROUNDS = 3
