@@ -5,7 +5,7 @@ vLLM finds them by the entry points of a distribution, as it finds a user's.
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from typing import Any
 
 from faulty import fail
@@ -15,14 +15,15 @@ from triton_offload.device.host import HostDevice
 
 
 class _EveryTenthFails(HostDevice):
-    """Of the operations that move pages, each tenth fails under way."""
+    """Of what gathers pages each tenth fails under way, of what scatters them, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._count = itertools.count(1)
+        self._moves = Counter[Any]()
 
     def _move(self, move: Any, stream: Any, *args: Any) -> None:
-        if next(self._count) % 10 == 0:
+        self._moves[move] += 1
+        if self._moves[move] % 10 == 0:
             move = fail
         super()._move(move, stream, *args)
 

@@ -140,7 +140,7 @@ def growth(samples: list[int]) -> float:
     return statistics.median(samples[-quarter:]) - statistics.median(samples[quarter : 2 * quarter])
 
 
-def test_an_hour_of_real_requests_is_answered_right_in_flat_memory(tmp_path: Path) -> None:
+def test_an_hour_of_real_requests_is_answered_right_and_nothing_grows_by_us(tmp_path: Path) -> None:
     given = arrivals()
     model = speaking_model(tmp_path / "model")
     kv_transfer = words("docs/vllm.md", "TritonOffloadingConnector")
