@@ -268,8 +268,8 @@ def layers(results: Results) -> str:
         [
             heading("A model behind a load by layers (predicted)"),
             "In virtual time, of an H100 on PCIe Gen5 x16, and 80 layers that compute as long as "
-            "the load takes. *first layer*: when it starts, of the load's time. *step*: its end, over "
-            "the longer of load and compute; then the same where it waits for the whole load.\n",
+            "the load takes. *first layer*: when it starts, of the load's time. *step*: its end, "
+            "over the longer of load and compute; then where it waits for the whole load.\n",
             table(columns, rows),
         ]
     )
