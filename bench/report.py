@@ -41,6 +41,7 @@ def build(results: Results, plots: Sequence[Path]) -> str:
         transfers(results, drawn),
         *gpu_sections(results, drawn),
         interference(results, drawn),
+        layers(results),
         host(results, drawn),
         static(results),
         executed(results),
@@ -242,6 +243,33 @@ def interference(results: Results, drawn: dict[str, str]) -> str:
             f"Both share the {where}. *share*: of the model's speed, what the transfers take. "
             "*GB/s*: of the transfers, alone and beside the model.\n",
             image(drawn, "interference"),
+            table(columns, rows),
+        ]
+    )
+
+
+def layers(results: Results) -> str:
+    records = results.of("layers")
+    if not records:
+        return ""
+    rows = [
+        [
+            size_name(record["bytes"]),
+            record["path"],
+            time_name(record["load_seconds"]),
+            f"{100 * record['first_share']:.1f} %",
+            f"{record['over']:.2f}",
+            f"{record['over_without']:.2f}",
+        ]
+        for record in records
+    ]
+    columns = ["load", "path", "load alone", "first layer", "step", "step, whole load"]
+    return "\n".join(
+        [
+            heading("A model behind a load by layers (predicted)"),
+            "In virtual time, of an H100 on PCIe Gen5 x16, and 80 layers that compute as long as "
+            "the load takes. *first layer*: when it starts, of the load's time. *step*: its end, "
+            "over the longer of load and compute; then where it waits for the whole load.\n",
             table(columns, rows),
         ]
     )

@@ -608,9 +608,9 @@ def test_only_a_load_that_the_step_waits_for_is_expedited(
     asked = []
     transfer_async = worker._manager.transfer_async
 
-    def note(src: Any, dst: Any, *, expedited: bool) -> Any:
+    def note(src: Any, dst: Any, *, expedited: bool, layers: None) -> Any:
         asked.append(expedited)
-        return transfer_async(src, dst, expedited=expedited)
+        return transfer_async(src, dst, expedited=expedited, layers=layers)
 
     monkeypatch.setattr(worker._manager, "transfer_async", note)
     blocks, slots = blocks_of([[1], []], [0, 0]), CPULoadStoreSpec([1])
