@@ -29,6 +29,7 @@ from triton_offload.transfer.endings import Endings
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
+from triton_offload.transfer.last_jobs import Cuts, LastJobs
 from triton_offload.transfer.paths.base import Crossing
 from triton_offload.transfer.paths.staged import Staged
 from triton_offload.transfer.pipeline import Pipeline
@@ -420,6 +421,21 @@ def slots_of_a_failed_job_are_free_at_once():
     return _without_order(lambda name, job: job.error is None)
 
 
+@mutant("6", serving("staged, sizes"))
+def a_slab_that_is_cut_anew_is_nobodys():
+    """Slots of another size are the same bytes."""
+
+    def make(use):
+        def use_of_one_size(self, slot_ids):
+            before = {name: last.copy() for name, last in self._last.items()}
+            use(self, slot_ids)
+            self._last.update(before)
+
+        return use_of_one_size
+
+    return _instead(LastJobs, "use", make)
+
+
 @mutant("6", serving("staged, window"))
 def a_job_does_not_wait_for_one_in_the_backlog():
     def make(pump):
@@ -518,6 +534,19 @@ def what_a_partial_chunk_lacks_is_not_cleared():
 @mutant("stale bytes: in the slot", serving("staged, hybrid"))
 def what_a_slot_held_before_stays_readable():
     return _without_marks(stale=())
+
+
+@mutant("stale bytes: in the slot", serving("zero copy, sizes"))
+def what_lay_across_a_slot_before_stays_readable():
+
+    def make(store):
+        def store_knowing_no_cuts(self, run):
+            with patch.object(Cuts, "use", return_value=[]):
+                return store(self, run)
+
+        return store_knowing_no_cuts
+
+    return _instead(SlotContents, "store", make)
 
 
 @mutant("stale bytes: in staging", serving("staged, hybrid"))
