@@ -29,7 +29,7 @@ from triton_offload.transfer.endings import Endings
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
-from triton_offload.transfer.last_jobs import Cuts, LastJobs
+from triton_offload.transfer.last_jobs import LastJobs
 from triton_offload.transfer.paths.base import Crossing
 from triton_offload.transfer.paths.staged import Staged
 from triton_offload.transfer.pipeline import Pipeline
@@ -534,19 +534,6 @@ def what_a_partial_chunk_lacks_is_not_cleared():
 @mutant("stale bytes: in the slot", serving("staged, hybrid"))
 def what_a_slot_held_before_stays_readable():
     return _without_marks(stale=())
-
-
-@mutant("stale bytes: in the slot", serving("zero copy, sizes"))
-def what_lay_across_a_slot_before_stays_readable():
-
-    def make(store):
-        def store_knowing_no_cuts(self, run):
-            with patch.object(Cuts, "use", return_value=[]):
-                return store(self, run)
-
-        return store_knowing_no_cuts
-
-    return _instead(SlotContents, "store", make)
 
 
 @mutant("stale bytes: in staging", serving("staged, hybrid"))
