@@ -179,7 +179,8 @@ class Client:
     def look(self) -> None:
         """Ask what changes nothing."""
         stats = self.world.offloader.stats()
-        assert 0 <= stats.num_pinned <= stats.num_used <= self.world.setting.num_chunks
+        assert 0 <= stats.num_pinned <= stats.num_used <= stats.num_chunks
+        assert stats.used_bytes + stats.wasted_bytes <= stats.host_bytes
         self.world.take_events()
         self.world.collect()
 
@@ -282,7 +283,11 @@ class Client:
         if isinstance(error, PoolFullError):
             if world.exact:
                 pinned = world.offloader._manager.num_pinned
-                assert pinned + len(world.content.keys(span)) > world.setting.num_chunks
+                # Each may keep a slab; in that there is room for its own size alone.
+                slabs = world.offloader._pool.slabs
+                per_slab = world.offloader.num_chunks_of(span.group) // slabs.num_slabs
+                needed = len(world.content.keys(span))
+                assert needed > (slabs.num_slabs - pinned) * per_slab
         elif isinstance(error, NOT_THERE):
             assert may_miss, error
         elif isinstance(error, InjectedError):

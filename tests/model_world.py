@@ -29,7 +29,8 @@ OVERLAYS = (((0, 16), (1, 8)), ((1, 8),), ((0, 9), (1, 3)))
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an offloader is made of. `groups`: (tensor, page bytes) of each group's pages."""
+    """What an offloader is made of. `groups`: (tensor, page bytes) of each group's pages.
+    `packed`: each group's slots are as large as it needs."""
 
     path: Path = Path.STAGED
     groups: Sequence[Sequence[tuple[int, int]]] = ONE_GROUP
@@ -42,6 +43,7 @@ class Setting:
     window_chunks: float | None = None  # less than one: a block or two at a time
     buffer_chunks: int = 1
     max_indices: int = 1  # the least that it takes
+    packed: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -283,7 +285,9 @@ class World:
         self.storing: Counter[bytes] = Counter()  # stores whose end nobody has seen, by key
         self.recent: deque[Span] = deque(maxlen=6)  # stored lately
         self._unreported: Counter[int] = Counter()
-        layout = CacheLayout(self.pages.tensors, setting.blocks_per_chunk, setting.groups)
+        layout = CacheLayout(
+            self.pages.tensors, setting.blocks_per_chunk, setting.groups, packed=setting.packed
+        )
         window = setting.window_chunks
         # Groups with padded pages are those of vLLM: KVOffloader itself has no argument for them.
         with patch.object(CacheLayout, "named", return_value=layout):
@@ -405,8 +409,8 @@ class PoolWatch:
             if slot not in used and residue:
                 assert any(owner.all() for owner in owners), f"slot {slot}: bytes of several keys"
 
-    def _noted(self, *args: Any) -> PrepareStoreOutput | None:
-        output = self._prepare_store(*args)
+    def _noted(self, *args: Any, **kwargs: Any) -> PrepareStoreOutput | None:
+        output = self._prepare_store(*args, **kwargs)
         if output is not None:
             spec = output.store_spec
             for key, slot, fresh in zip(

@@ -38,6 +38,7 @@ SETTINGS = st.builds(
     blocks_per_chunk=st.integers(1, 3),
     num_chunks=st.integers(4, 8),
     window_chunks=st.sampled_from((None, 0.2, 1, 2)),
+    packed=st.booleans(),
 )
 
 

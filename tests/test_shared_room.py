@@ -62,6 +62,12 @@ def test_a_small_one_takes_a_large_ones_slab_and_others_fill_it():
     assert manager.used_by_size() == [7, 1]
 
 
+def test_all_that_lies_in_the_slabs_of_another_size_may_leave():
+    manager = CPUOffloadingManager(FOUR)
+    store(manager, named(LARGE, 0, 4), LARGE)
+    assert len(store(manager, named(SMALL, 0, 12), SMALL)) == 4
+
+
 def test_what_leaves_for_another_size_makes_room_for_its_own():
     manager = CPUOffloadingManager(FOUR)
     store(manager, named(SMALL, 0, 6), SMALL)
@@ -188,8 +194,10 @@ def test_what_left_with_its_slab_is_a_ghost_of_arc():
     manager = CPUOffloadingManager(Slabs.of(30, 6, [10, 30]), "arc")
     store(manager, named(SMALL, 0, 12), SMALL)
     store(manager, named(LARGE, 0, 2), LARGE)
+    for key in (b"0.3", b"0.6", b"0.9", b"0.0"):  # one in each slab
+        manager.touch([key])
     evicted = store(manager, named(LARGE, 2), LARGE)
-    assert len(evicted) > 2
+    assert b"0.3" in evicted
     policy = manager._policy
     assert {*policy._ghost_recent, *policy._ghost_frequent} >= set(evicted)
 

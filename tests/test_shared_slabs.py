@@ -125,5 +125,8 @@ def test_a_slab_of_which_all_is_free_is_anybodys():
 def test_slots_that_were_begun_are_taken_before_another_slab_is_cut():
     slots = slots_of([10, 30], 2)
     assert slots.take(1, 0) == [0]
-    assert slots.take(3, 0) == [1, 2, 3]
+    assert slots.take(2, 0) == [1, 2]
+    assert (slots.num_cut(0), slots.num_free(1)) == (1, 1)
+    slots.put([1])
+    assert slots.take(3, 0) == [1, 3, 4]
     assert slots.num_cut(0) == 2

@@ -237,6 +237,18 @@ _GAUGES: tuple[_Row, ...] = (
         _one(lambda stats: stats.used_bytes),
     ),
     (
+        "pool_wasted_bytes",
+        "Bytes of the pool that slots of several sizes leave over where they lie.",
+        (),
+        _one(lambda stats: stats.wasted_bytes),
+    ),
+    (
+        "pool_size_used_bytes",
+        "Bytes of chunks, by the size of their slots; of a closed offloader as it last was.",
+        ("slot_bytes",),
+        lambda stats: [((str(size.slot_bytes),), size.used_bytes) for size in stats.sizes],
+    ),
+    (
         "pool_pinned",
         "1 where all of the pool is pinned, else 0: copies are slower, zero_copy is not to be had.",
         (),

@@ -10,6 +10,7 @@ from mutants.registry import Patch, instead, mutant, serving, together
 from triton_offload.specs import Direction
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
+from triton_offload.transfer.last_jobs import LastJobs
 from triton_offload.transfer.pipeline import Pipeline
 
 # -- 5: order of jobs --
@@ -87,6 +88,21 @@ def a_store_does_not_wait_for_a_store_of_its_slots():
 @mutant("6, a failed job", scenarios.fails_half_way)
 def slots_of_a_failed_job_are_free_at_once():
     return _without_order(lambda name, job: job.error is None)
+
+
+@mutant("6", serving("staged, sizes"))
+def a_slab_that_is_cut_anew_is_nobodys():
+    """Slots of another size are the same bytes."""
+
+    def make(use):
+        def use_of_one_size(self, slot_ids):
+            before = {name: last.copy() for name, last in self._last.items()}
+            use(self, slot_ids)
+            self._last.update(before)
+
+        return use_of_one_size
+
+    return instead(LastJobs, "use", make)
 
 
 @mutant("6", serving("staged, window"))
