@@ -17,6 +17,7 @@ from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.serving import ServingEngine
 from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.options import Verify
 from triton_offload.transfer.paths import staged
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
@@ -70,6 +71,7 @@ class Configuration:
     buffer_chunks: int = 1
     pinned: bool = True
     deferred: bool = False
+    verify: Verify = "off"
 
     def options(self, slot_bytes: int) -> PipelineOptions:
         fixed = isinstance(self.paths, Path)
@@ -80,6 +82,7 @@ class Configuration:
             num_buffers=NUM_BUFFERS,
             max_indices=8 * self.buffer_chunks,  # or the least that it takes
             window_bytes=self.window_chunks and self.window_chunks * slot_bytes,
+            verify=self.verify,
         )
 
 
@@ -99,6 +102,8 @@ CONFIGURATIONS = {
     "mixed paths": Configuration(CacheShape(), MIXED_PATHS),
     "crossing paths": Configuration(CacheShape(), CROSSING_PATHS),
     "mixed paths, hybrid": Configuration(HYBRID, MIXED_PATHS),
+    "staged, verified": Configuration(CacheShape(), Path.STAGED, verify="load"),
+    "mixed paths, hybrid, verified": Configuration(HYBRID, MIXED_PATHS, verify="load"),
 }
 
 

@@ -321,6 +321,22 @@ class CPUOffloadingManager(OffloadingManager):
         self._num_busy -= len(idle)
         self._policy.release(idle)
 
+    def drop(self, keys: Sequence[Key], *, slots: Sequence[int]) -> None:
+        """Evict those of the keys that lie in these slots still, and that no transfer uses,
+        whatever the policy thinks: their bytes are wrong. Raises what an eviction does."""
+        pairs = zip(keys, slots, strict=True)
+        wrong = {key for key, slot in pairs if self._slot_of.get(key) == slot}
+        wrong -= self._storing.keys() | self._loading.keys()
+        if not wrong:
+            return
+        others = self._slot_of.keys() - wrong
+        busy = (self._storing.keys(), self._loading.keys())
+        evicted = self._policy.evict(len(wrong), others, busy)
+        self._slots.put(map(self._slot_of.pop, evicted))
+        for key in evicted:
+            self._partial.pop(key, None)
+        self._record(evicted, removed=True)
+
     def take_events(self) -> list[OffloadingEvent]:
         events, self._events = self._events or [], None if self._events is None else []
         return events

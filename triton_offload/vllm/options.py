@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from triton_offload.calibration import Path
 from triton_offload.kernels.arguments import shown
 from triton_offload.sizes import parse_bytes
+from triton_offload.transfer.options import Verify
 
-_OURS = {"path", "calibration", "staging_bytes"}
+_OURS = {"path", "calibration", "staging_bytes", "verify"}
 # What vLLM's connector and CPUOffloadingSpec read; 0.32 and 0.33 alike, but for the last line.
 _VLLMS = {
     *("spec_name", "spec_module_path", "cpu_bytes_to_use", "block_size", "blocks_per_chunk"),
@@ -40,6 +41,7 @@ def read_options(
                 f"got {shown(key)}{_meant(key, known)}"
             )
     _check_choice(options, "path", ["auto", *(path.value for path in Path)])
+    _check_choice(options, "verify", get_args(Verify))
     if not options.get("cache_policy_module_path"):  # else it is a class of the user's
         _check_choice(options, "eviction_policy", policies)
     for name in _FLAGS:
