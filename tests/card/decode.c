@@ -129,6 +129,18 @@ static int decode_memory(opcode_parts *parts, instruction *into, operand_counts 
 }
 
 /* cp.async.cg.shared.global [to], [from], bytes{, bytes that are read}{, cache policy} */
+/* A sum in memory, of which nobody reads what was there: "red.global.gpu.relaxed.add.u64". */
+static int decode_reduction(opcode_parts *parts, instruction *into, operand_counts *counts) {
+    if (!take(parts, "red") || !take(parts, "global") || !take(parts, "add") ||
+        !take_type(parts, &into->type) || into->type.bits < 32)
+        return -1;
+    take_all(parts, CACHING);
+    into->bytes = into->type.bits / 8u;
+    into->operation = OP_RED_ADD;
+    *counts = counts_of(0, 2);
+    return 0;
+}
+
 static int decode_copy(opcode_parts *parts, instruction *into, operand_counts *counts) {
     if (!take(parts, "cp") || !take(parts, "async"))
         return -1;
@@ -302,7 +314,7 @@ int decode_opcode(const char *opcode, instruction *into, operand_counts *counts,
                   size_t why_bytes) {
     typedef int decoder(opcode_parts *, instruction *, operand_counts *);
     static decoder *const decoders[] = {decode_simple,  decode_multiply, decode_compare,
-                                        decode_memory,  decode_copy,     decode_exchange,
+                                        decode_memory,  decode_reduction, decode_copy,     decode_exchange,
                                         decode_flow};
     opcode_parts parts;
     for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {

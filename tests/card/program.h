@@ -57,7 +57,7 @@ typedef enum {
     /* between the lanes of a warp: exchange.c */
     OP_SHFL, OP_VOTE, OP_ACTIVEMASK,
     /* memory: access.c, shared.c */
-    OP_LD_GLOBAL, OP_ST_GLOBAL, OP_LD_SHARED, OP_ST_SHARED, OP_CP_ASYNC, OP_CP_ASYNC_COMMIT,
+    OP_LD_GLOBAL, OP_ST_GLOBAL, OP_RED_ADD, OP_LD_SHARED, OP_ST_SHARED, OP_CP_ASYNC, OP_CP_ASYNC_COMMIT,
     OP_CP_ASYNC_WAIT,
     /* where a warp goes on: execute.c */
     OP_BRA, OP_EXIT, OP_BAR_SYNC, OP_BAR_WARP, OP_TRAP, OP_NOTHING,
