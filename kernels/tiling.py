@@ -163,6 +163,7 @@ def cut_into_strips(
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
         pages = min(pages, _most_pages(word_bytes, width, config.warps))
+        cuts = [(row, start) for row in rows for start in range(0, row.page_bytes, width * item)]
         strips = [
             (
                 row.view.data_ptr() + start,
@@ -171,14 +172,9 @@ def cut_into_strips(
                 row.offset + start,
                 row.pitch,
             )
-            for row in rows
-            for start in range(0, row.page_bytes, width * item)
+            for row, start in cuts
         ]
-        numbers = [
-            first_row[id(row)] + start // ROW_BYTES
-            for row in rows
-            for start in range(0, row.page_bytes, width * item)
-        ]
+        numbers = [first_row[id(row)] + start // ROW_BYTES for row, start in cuts]
         spec = KernelSpec(word_bytes, pages, width, exact, config.warps, stages)
         plan.append((spec, np.array(strips, np.int64), np.array(numbers, np.int64)))
     return plan

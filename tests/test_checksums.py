@@ -428,3 +428,40 @@ def test_a_load_from_another_thread_is_proved(offloader):
     thread.start()
     thread.join(60)
     assert isinstance(errors[0], ChecksumError)
+
+
+def test_segments_have_sums_of_their_own():
+    """Several jobs under way, several segments each, in a ring of ids that is gone round."""
+    caches = random_caches(64, num_blocks=64)
+    options = PipelineOptions(path=Path.STAGED, buffer_bytes=256, max_indices=24, verify="load")
+    keys = [bytes([i]) for i in range(30)]
+    with KVOffloader(caches, "8KiB", 1, options=options) as offloader:
+        offloader.store(keys, list(range(30))).wait()
+        jobs = [offloader.load(keys, list(range(30, 60))) for _ in range(3)]
+        for job in jobs:
+            job.wait()
+        flip(offloader._pool.slots, slot_of(offloader, keys[17]), 1, 1)
+        job = offloader.load(keys, list(range(30, 60)))
+        job.block()
+        assert isinstance(job.result.error, ChecksumError)
+        assert [key for key in keys if not offloader.lookup([key])] == [keys[17]]
+
+
+def test_a_slot_that_two_groups_share_is_proved_for_the_last_of_them():
+    """A scheduler of one's own may put chunks of two groups, of other tensors each, into a slot."""
+    world = World.build(
+        random_caches(64, 32),
+        groups=[[(0, 64)], [(1, 32)]],
+        options=PipelineOptions(verify="load"),
+    )
+    slot = CPULoadStoreSpec([3])
+    pages = [GPULoadStoreSpec([1], (1, 0)), GPULoadStoreSpec([2], (0, 1))]
+    jobs = [world.queue.transfer_async(spec, slot) for spec in pages]
+    jobs += [world.queue.transfer_async(slot, spec) for spec in pages]
+    world.queue.wait(jobs)
+    results = world.queue.get_finished()
+    while len(results) < len(jobs):
+        results += world.queue.get_finished()
+    assert all(result.success for result in results)
+    world.queue.shutdown()
+    world.pool.close()

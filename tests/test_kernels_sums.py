@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRITON_36 = Path(os.environ.get("TRITON_36_PATH", ROOT / ".venv" / "triton-3.6"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
+# Code for the others is made of the same: they are executed where there is time.
+MOST_USED = [pytest.param(name, marks=[pytest.mark.deep] * (name != "sm_90")) for name in NVIDIA]
 BEFORE = 7  # what the sums held: they are added to
 
 pytestmark = [
@@ -81,7 +83,7 @@ ROWS = Case((Tensor(4096), Tensor(1040), Tensor(3000, 8), Tensor(2049, 3)), (3, 
 
 
 @pytest.mark.parametrize("direction", KERNELS)
-@pytest.mark.parametrize("target", [None] if INTERPRETED else NVIDIA)
+@pytest.mark.parametrize("target", [None] if INTERPRETED else MOST_USED)
 def test_every_page_of_a_block_is_added_up(target: str | None, direction: str) -> None:
     names = ["partial first chunk", "a different alignment each", "pages of several strips"]
     for case in (ROWS, *(CASES.values() if INTERPRETED else (CASES[name] for name in names))):
@@ -91,7 +93,7 @@ def test_every_page_of_a_block_is_added_up(target: str | None, direction: str) -
 @pytest.mark.skipif(INTERPRETED, reason="of compiled kernels")
 @pytest.mark.parametrize("direction", KERNELS)
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("target", MOST_USED)
 def test_pages_of_every_class_are_added_up(target: str, name: str, direction: str) -> None:
     zero_copy, page_bytes, alignment, *_ = CLASSES[name]
     if page_bytes > 1 << 16:

@@ -293,6 +293,12 @@ static int decode_simple(opcode_parts *parts, instruction *into, operand_counts 
         *counts = counts_of(1, 3);
         return known && into->type.bits == 32 ? 0 : -1;
     }
+    if (take(parts, "s16x2") || take(parts, "u16x2")) { /* halves of a word, apart */
+        into->operation = OP_ADD_HALVES;
+        into->type = into->result_type = (type){32, 0};
+        *counts = counts_of(1, 2);
+        return take(parts, "add") ? 0 : -1;
+    }
     for (size_t i = 0; i < sizeof SIMPLE / sizeof *SIMPLE; i++) {
         if (!take(parts, SIMPLE[i].name))
             continue;

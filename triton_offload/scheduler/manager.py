@@ -225,11 +225,15 @@ class CPUOffloadingManager(OffloadingManager):
         storing, loading = self._storing, self._loading
         busy = (storing.keys(), loading.keys()) if storing or loading else ()
         evicted = self._policy.evict(num_to_evict, kept, busy)
+        self._take_out(evicted)
+        return evicted
+
+    def _take_out(self, evicted: Sequence[Key]) -> None:
+        """The policy has let these go."""
         self._slots.put(map(self._slot_of.pop, evicted))
         for key in evicted if self._partial else ():
             self._partial.pop(key, None)
         self._record(evicted, removed=True)
-        return evicted
 
     def complete_store(
         self, keys: Sequence[Key], success: bool = True, *, slots: Sequence[int] | None = None
@@ -331,11 +335,7 @@ class CPUOffloadingManager(OffloadingManager):
             return
         others = self._slot_of.keys() - wrong
         busy = (self._storing.keys(), self._loading.keys())
-        evicted = self._policy.evict(len(wrong), others, busy)
-        self._slots.put(map(self._slot_of.pop, evicted))
-        for key in evicted:
-            self._partial.pop(key, None)
-        self._record(evicted, removed=True)
+        self._take_out(self._policy.evict(len(wrong), others, busy))
 
     def take_events(self) -> list[OffloadingEvent]:
         events, self._events = self._events or [], None if self._events is None else []

@@ -42,6 +42,8 @@ def read_options(
             )
     _check_choice(options, "path", ["auto", *(path.value for path in Path)])
     _check_choice(options, "verify", get_args(Verify))
+    if options.get("verify", "off") != "off" and options.get("path") == Path.COPY_ENGINE.value:
+        raise ValueError(f"path: expected another beside verify, got {options['path']!r}")
     if not options.get("cache_policy_module_path"):  # else it is a class of the user's
         _check_choice(options, "eviction_policy", policies)
     for name in _FLAGS:
