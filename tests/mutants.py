@@ -23,6 +23,7 @@ from triton_offload.scheduler.order import Order
 from triton_offload.specs import Direction
 from triton_offload.testing import SimulatedDevice, Stuck
 from triton_offload.transfer import ranges
+from triton_offload.transfer.checksums import Checksums
 from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.endings import Endings
@@ -812,3 +813,49 @@ def a_batch_reads_its_sources_ahead_of_the_stream():
         return copy_ahead
 
     return _instead(SimulatedDevice, "copy_batch", make)
+
+
+# -- sums --
+
+
+@mutant("sums: a load is compared", scenarios.flipped_bits)
+def a_sum_is_not_compared():
+    return _instead(Checksums, "wrong_slots", lambda wrong: lambda self, sums: ())
+
+
+@mutant("sums: of each block", serving("staged, verified"))
+def the_sums_of_a_store_are_kept_in_another_order():
+    def make(store):
+        return lambda self, runs, sums: store(self, runs, [(run, s[::-1]) for run, s in sums])
+
+    return _instead(Checksums, "store", make)
+
+
+@mutant("sums: cleared before each segment", serving("staged, verified"))
+def sums_are_not_cleared():
+    return _instead(LaneStreams, "clear_sums", lambda clear: lambda self, segment, stream: None)
+
+
+@mutant("sums: fetched before a job ends", serving("staged, verified"))
+def the_sums_of_a_store_are_fetched_on_the_other_stream():
+    def make(fetch):
+        def fetch_elsewhere(self, segment, stream):
+            other = self.kernels if stream is self.copies else stream
+            return fetch(self, segment, other)
+
+        return fetch_elsewhere
+
+    return _instead(LaneStreams, "fetch_sums", make)
+
+
+@mutant("sums: in the order of jobs on a slot", scenarios.slot_stored_again)
+def a_job_is_proved_before_those_that_had_its_slots():
+    def make(submit):
+        def submit_unordered(self, job_id, runs, compute, after):
+            job = submit(self, job_id, runs, compute, after)
+            job.before = ()
+            return job
+
+        return submit_unordered
+
+    return _instead(Lane, "submit", make)

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import scenarios
 import torch
 from gated import GatedDevice
 from oracle import World
@@ -391,27 +392,9 @@ def test_an_error_survives_its_way_to_another_process():
 # -- in which order --
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_jobs_on_one_slot_are_proved_in_their_order(seed):
-    """A slot is stored, loaded and stored again while all that is under way."""
-    with SimulatedDevice(seed) as device:
-        pages = device.empty(8 * 16).view(8, 16)
-        pages.random_(generator=torch.Generator().manual_seed(seed))
-        world = World.build([pages], num_slots=2, options=SMALL, device=device)
-        queue, slot = world.queue, CPULoadStoreSpec([1], True)
-        jobs = []
-        for block in range(4):
-            jobs.append(queue.transfer_async(GPULoadStoreSpec([block]), slot))
-            jobs.append(queue.transfer_async(slot, GPULoadStoreSpec([4 + block])))
-        queue.wait(jobs)
-        results = []
-        while len(results) < len(jobs):
-            results += queue.get_finished()
-        assert all(result.success for result in results), results
-        assert torch.equal(pages[:4], pages[4:])
-        queue._check()
-        queue.shutdown()
-        world.pool.close()
+    scenarios.slot_stored_again(seed)
 
 
 def test_a_load_from_another_thread_is_proved(offloader):
