@@ -27,6 +27,8 @@ ARGUMENT_TYPES = {
     "blocks_per_chunk": "i32",
     "tiles_per_program": "i32",
 }
+# And of kernels that add up: where to.
+SUM_TYPES = ARGUMENT_TYPES | {"sums": "i64"}
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -56,8 +58,7 @@ def compile_kernel(
     """
     constants = spec.constants()
     signature = {
-        name: "constexpr" if name in constants else ARGUMENT_TYPES[name]
-        for name in kernel.arg_names
+        name: "constexpr" if name in constants else SUM_TYPES[name] for name in kernel.arg_names
     }
     source = _source_class(kernel)(fn=kernel, signature=signature, constexprs=constants)
     # One stage: the loads of a tile are in flight together, there is nothing to pipeline. Floats
@@ -106,8 +107,9 @@ def launch(
     """Run ``programs`` CTAs of ``kernel`` on the current stream of ``device``.
 
     Args:
-        arguments: One integer for each of ``ARGUMENT_TYPES``, in order. Whoever owns the memory
-            behind the addresses keeps it until the stream has passed the launch.
+        arguments: One integer for each of ``ARGUMENT_TYPES``, in order, or of ``SUM_TYPES``.
+            Whoever owns the memory behind the addresses keeps it until the stream has passed the
+            launch.
     """
     grid = (programs, 1, 1)
     if is_interpreted(kernel):

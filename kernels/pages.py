@@ -7,15 +7,27 @@ memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from . import compiling
+from .arguments import IdArray
+from .sums import MIX as _MIX
+from .table import ROW_BYTES as _ROW_BYTES
 from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
-from .tiling import KernelConfig, KernelSpec, choose_config, cut_into_strips, ring_config
+from .tiling import (
+    KernelConfig,
+    KernelSpec,
+    choose_config,
+    cut_into_strips,
+    ring_config,
+    summing_config,
+)
 
 __all__ = [
     "KernelConfig",
@@ -27,15 +39,21 @@ __all__ = [
     "prepare",
     "ring_config",
     "scatter_pages",
+    "summing_config",
 ]
 
+# As the kernels take them: constants, and what is signed like all else there.
+ROW_BYTES = tl.constexpr(_ROW_BYTES)
+MIX = tl.constexpr(_MIX - (1 << 64))
 
 # The two kernels move the same tiles in opposite directions.
 #
 #   strips     int64 [num_strips, 5]: address of the strip in block 0, bytes between blocks,
-#              elements, offset in the slot, bytes between pages in the slot
+#              elements, offset in the slot, bytes between pages in the slot; behind them all
+#              int64 [num_strips], the number of the first row of each (see `sums`)
 #   block_ids  int64 [num_blocks]
 #   slot_ids   int64 [ceil((first_block + num_blocks) / blocks_per_chunk)]
+#   sums       int64 [num_blocks]: what the pages of a block add up to is added; None: nothing is
 #
 # A strip is the part of at most WORDS elements of every page of one tensor; a tile is that part of
 # PAGES pages. Tiles are numbered with the strips of the same pages together, and a program takes
@@ -56,12 +74,14 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     first_block,
     blocks_per_chunk,
     tiles_per_program,
+    sums,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
@@ -70,6 +90,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     block, slot, position = _locate(
         block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
     )
+    if sums is not None:
+        total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
     source, stride = _row(strips, strip, 0)
     elements = _elements(strips, strip, EXACT)
     for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
@@ -83,6 +105,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         # Only now, while the bytes are on their way: registers hold one side's addresses.
         target, pitch = _row(strips, strip, 3)
         place = slots + slot * stride_slot + target + position * pitch
+        if sums is not None:
+            row = _first_row(strips, num_strips, strip)
         # And what the next loads need, so that they wait for nothing but these stores.
         strip += 1
         if strip == num_strips:
@@ -94,6 +118,15 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         source, stride = _row(strips, strip, 0)
         elements = _elements(strips, strip, EXACT)
         tl.store(_pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
+        if sums is not None:
+            if not EXACT:  # of pages that are not there, nothing is handed on
+                words = tl.where(mask, words, 0)
+            total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
+            if strip == 0:  # of the pages that were
+                _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
+                total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
+    if sums is not None:
+        _add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -108,12 +141,14 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     first_block,
     blocks_per_chunk,
     tiles_per_program,
+    sums,
     WORD_BYTES: tl.constexpr,  # noqa: N803
     PAGES: tl.constexpr,  # noqa: N803
     WORDS: tl.constexpr,  # noqa: N803
     SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
 ):
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
@@ -122,6 +157,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     block, slot, position = _locate(
         block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
     )
+    if sums is not None:
+        total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
     source, pitch = _row(strips, strip, 3)
     elements = _elements(strips, strip, EXACT)
     for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
@@ -135,6 +172,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         # Only now, while the bytes are on their way: registers hold one side's addresses.
         target, stride = _row(strips, strip, 0)
         cache = target + block * stride
+        if sums is not None:
+            row = _first_row(strips, num_strips, strip)
         # And what the next loads need, so that they wait for nothing but these stores.
         strip += 1
         if strip == num_strips:
@@ -146,6 +185,15 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         source, pitch = _row(strips, strip, 3)
         elements = _elements(strips, strip, EXACT)
         tl.store(_pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
+        if sums is not None:
+            if not EXACT:  # of pages that are not there, nothing is handed on
+                words = tl.where(mask, words, 0)
+            total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
+            if strip == 0:  # of the pages that were
+                _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
+                total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
+    if sums is not None:
+        _add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
 
 
 @triton.jit
@@ -186,6 +234,87 @@ def _locate(  # type: ignore[no-untyped-def]
     slot_id = slot_ids.to(tl.pointer_type(tl.int64)) + run // blocks_per_chunk
     slot = tl.load(slot_id, mask=live, other=0)
     return block, slot, run % blocks_per_chunk
+
+
+# -- sums: see `sums` for what is added up --
+
+# A thread adds up what it moves of its pages, over all their strips, and hands it on once: no
+# thread waits for another.
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _no_sum(  # type: ignore[no-untyped-def]
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
+):
+    LANES: tl.constexpr = SPAN // 2 if WORD_BYTES == 16 else SPAN  # noqa: N806
+    if PAGE_AXIS == 1:
+        return tl.zeros((FOLD, PAGES, LANES), tl.int64)
+    else:
+        return tl.zeros((PAGES, FOLD, LANES), tl.int64)
+
+
+@triton.jit
+def _first_row(strips, num_strips, strip):  # type: ignore[no-untyped-def]
+    """The number of the first row of a strip."""
+    return tl.load(strips.to(tl.pointer_type(tl.int64)) + num_strips * 5 + strip)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weighted(  # type: ignore[no-untyped-def]
+    words,
+    row,
+    WORD_BYTES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+    SPAN: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
+):
+    """Each word of a tile times the multiplier of its row, added up over what a thread has of each
+    page."""
+    ELEMENT: tl.constexpr = 8 if WORD_BYTES > 8 else WORD_BYTES  # noqa: N806
+    PAIR: tl.constexpr = WORD_BYTES // ELEMENT  # noqa: N806
+    PAGES: tl.constexpr = words.shape[PAGE_AXIS]  # noqa: N806
+    SPANS: tl.constexpr = WORDS // SPAN // FOLD  # noqa: N806
+    place = _words(WORDS // PAIR, SPAN // PAIR, PAGE_AXIS) * PAIR
+    values = words.to(tl.int64)
+    if ELEMENT < 8:
+        values = (values & ((1 << 8 * ELEMENT) - 1)) << (place * ELEMENT % 8 * 8).to(tl.int64)
+    if PAIR == 2:  # of one access, and so of one row
+        first, second = tl.split(
+            tl.reshape(values, (values.shape[0], values.shape[1], SPAN // 2, 2))
+        )
+        values = first + second
+    # A strip is one row, a part of one, or begins with one.
+    number = row + 1
+    if WORDS * ELEMENT > ROW_BYTES:
+        number += place * ELEMENT // ROW_BYTES
+    mixed = number * MIX
+    values *= mixed ^ ((mixed >> 32) & 0xFFFFFFFF) | 1
+    if PAGE_AXIS == 1:
+        return tl.sum(tl.reshape(values, (SPANS, FOLD, PAGES, SPAN // PAIR)), 0)
+    else:
+        return tl.sum(tl.reshape(values, (PAGES, SPANS, FOLD, SPAN // PAIR)), 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_to(  # type: ignore[no-untyped-def]
+    sums,
+    total,
+    first_page,
+    num_blocks,
+    PAGES: tl.constexpr,  # noqa: N803
+    PAGE_AXIS: tl.constexpr,  # noqa: N803
+):
+    page = first_page + tl.arange(0, PAGES)
+    target = _over_pages(sums.to(tl.pointer_type(tl.int64)) + page, PAGE_AXIS)
+    live = _over_pages(page < num_blocks, PAGE_AXIS)
+    target, total = tl.broadcast(target, total)
+    live, total = tl.broadcast(live, total)
+    tl.atomic_add(target, total, mask=live, sem="relaxed")
 
 
 # Tiles have three axes: spans of words, pages, and the words of a span. Warps are dealt to the
@@ -318,6 +447,7 @@ def launch_gather(
     slot_ids: torch.Tensor,
     first_block: int,
     config: KernelConfig,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Queue ``gather_pages`` for ids that were checked before; nothing is checked here.
 
@@ -325,8 +455,13 @@ def launch_gather(
         block_ids, slot_ids: Contiguous int64 tensors on the device or in mapped pinned host
             memory. The caller leaves them as they are until the launch has run.
         first_block: Position of the first block in its chunk, in ``[0, B)``.
+        sums: int64 ``[n]`` on the device, or None. What the pages of block i add up to, as they
+            pass, is added to ``sums[i]`` (see ``sums``).
+
+    Raises:
+        ValueError: ``sums`` beside a ring, which does not add up.
     """
-    _launch("gather", table, block_ids, slots, slot_ids, first_block, config)
+    _launch("gather", table, block_ids, slots, slot_ids, first_block, config, sums)
 
 
 def launch_scatter(
@@ -336,13 +471,18 @@ def launch_scatter(
     slot_ids: torch.Tensor,
     first_block: int,
     config: KernelConfig,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Queue ``scatter_pages`` for ids that were checked before; see ``launch_gather``."""
-    _launch("scatter", table, block_ids, slots, slot_ids, first_block, config)
+    _launch("scatter", table, block_ids, slots, slot_ids, first_block, config, sums)
 
 
 def prepare(
-    table: PageTable, slots_alignment: int = 16, config: KernelConfig | None = None
+    table: PageTable,
+    slots_alignment: int = 16,
+    config: KernelConfig | None = None,
+    *,
+    sums: bool = False,
 ) -> None:
     """Do ahead of the first transfer what blocks the host: compile both kernels, load them, and
     put the addresses of ``table`` on its device.
@@ -351,6 +491,7 @@ def prepare(
         slots_alignment: Largest of 16, 8, 4, 2, 1 that divides the address of the slots and the
             bytes between them. Slots of another alignment are prepared on their first launch.
         config: What the launches will use; None for both of ``choose_config``.
+        sums: Prepare the kernels that add up.
     """
     _check_table(table)
     if slots_alignment not in (16, 8, 4, 2, 1):
@@ -358,7 +499,8 @@ def prepare(
     backend = compiling.backend_of(_gather_kernel, table.device)
     both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
     for each in both if config is None else [config]:
-        for spec, _ in _plan(table, slots_alignment, each):
+        for plain, _ in _plan(table, slots_alignment, each):
+            spec = replace(plain, sums=sums)
             for kernel in (kernel_of("gather", spec), kernel_of("scatter", spec)):
                 if not compiling.is_interpreted(kernel):
                     compiling.load_kernel(kernel, spec, table.device)
@@ -409,7 +551,10 @@ def _launch(
     slot_ids: torch.Tensor,
     first_block: int,
     config: KernelConfig,
+    sums: torch.Tensor | None = None,
 ) -> None:
+    if sums is not None and config.stages > 1:
+        raise ValueError(f"config: expected no ring beside sums, got {config}")
     num_blocks, first_block = block_ids.shape[0], int(first_block)
     if num_blocks == 0:
         return
@@ -428,7 +573,7 @@ def _launch(
                 f"{num_blocks} blocks in {num_tiles} tiles"
             )
         tiles_per_program = -(-num_tiles // min(config.programs, num_tiles))
-        arguments = (
+        arguments: tuple[int, ...] = (
             strips.data_ptr(),
             num_strips,
             block_ids.data_ptr(),
@@ -440,6 +585,9 @@ def _launch(
             table.blocks_per_chunk,
             tiles_per_program,
         )
+        if sums is not None:
+            arguments += (sums.data_ptr(),)
+            spec = replace(spec, sums=True)
         programs = -(-num_tiles // tiles_per_program)
         compiling.launch(kernel_of(direction, spec), spec, table.device, programs, arguments)
 
@@ -453,11 +601,17 @@ def _plan(
     if plan is None:
         with torch.inference_mode(False):  # other threads will use it, outside of it
             plan = [
-                (spec, torch.from_numpy(strips).to(table.device))
-                for spec, strips in cut_into_strips(table, slots_alignment, config)
+                (spec, _on_device(strips, rows, table.device))
+                for spec, strips, rows in cut_into_strips(table, slots_alignment, config)
             ]
         table.launch_plans[key] = plan
     return plan
+
+
+def _on_device(strips: IdArray, rows: IdArray, device: torch.device) -> torch.Tensor:
+    """int64 ``[num_strips, 5]``, with the rows behind it in the same memory."""
+    both = torch.from_numpy(np.concatenate([strips.ravel(), rows])).to(device)
+    return both[: strips.size].view(strips.shape)
 
 
 def _check_table(table: PageTable) -> None:

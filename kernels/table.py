@@ -16,6 +16,16 @@ Ids: TypeAlias = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
 Direction: TypeAlias = Literal["gather", "scatter"]
 
 
+#: of a page, what is added up together: two accesses of a warp, and long enough that a CPU adds up
+#: at the speed of its cache (see ``sums``)
+ROW_BYTES = 1024
+
+
+def num_rows(page_bytes: int) -> int:
+    """Rows of a page."""
+    return -(-page_bytes // ROW_BYTES)
+
+
 @dataclass(frozen=True, eq=False)
 class PageRow:
     """The pages of one cache tensor. All sizes are bytes."""
@@ -30,6 +40,8 @@ class PageRow:
     """Where in a slot the first page of this tensor lies."""
     block_stride: int
     """Bytes between two consecutive pages in the cache."""
+    first_row: int = 0
+    """The number of its page's first row, where bytes are added up (see ``sums``)."""
     is_fragment: bool = False
     """Whether what lies between two of its pages in a slot is not its own: other fragments of the
     same pages, or those of others."""
@@ -94,12 +106,13 @@ class PageTable:
         blocks_per_chunk = as_integer("blocks_per_chunk", blocks_per_chunk, 1)
         named = _named_tensors(name, tensors)
         rows = []
-        offset = 0
+        offset = first_row = 0
         for label, tensor in named:
             view = _byte_view(tensor, label)
             page_bytes = view.shape[1]
-            rows.append(PageRow(view, page_bytes, page_bytes, offset, view.stride(0)))
+            rows.append(PageRow(view, page_bytes, page_bytes, offset, view.stride(0), first_row))
             offset += blocks_per_chunk * page_bytes
+            first_row += num_rows(page_bytes)
         self._fill(tuple(rows), blocks_per_chunk, offset)
 
     def _fill(self, pages: tuple[PageRow, ...], blocks_per_chunk: int, slot_bytes: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import triton
 
 from .arguments import as_integer
-from .table import PageTable
+from .table import ROW_BYTES, PageTable
 
 # The axis of a tile that the compiler deals warps to first, after the one of adjacent words: where
 # axes are alike, triton 3.6 takes the first, later ones the last.
@@ -65,6 +65,12 @@ def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
     return KernelConfig(warps=8 // lanes, tile_bytes=32 * 1024, programs=16)
 
 
+def summing_config(config: KernelConfig) -> KernelConfig:
+    """The configuration for kernels that add up as well: at most 64 KiB in flight per CTA, so that
+    of 1,024 threads each has registers for both. Not for a ring."""
+    return replace(config, tile_bytes=min(config.tile_bytes, 64 * 1024))
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """What a compiled kernel is fixed to: the shape of a tile, and how wide an access may be."""
@@ -80,6 +86,8 @@ class KernelSpec:
     warps: int
     stages: int = 1
     """Tiles in flight: one in registers, or a ring of them in shared memory."""
+    sums: bool = False
+    """Pages are added up as they pass; a ring does not."""
 
     @property
     def element_bytes(self) -> int:
@@ -102,7 +110,14 @@ class KernelSpec:
         span = of_page if of_page <= 2 * of_warp else of_warp
         return min(self.words, max(_line_elements(self.word_bytes), span))
 
-    def constants(self) -> dict[str, int | bool]:
+    @property
+    def fold(self) -> int:
+        """Spans of a page that the CTA's threads move in one access each: so many sums are kept
+        apart, that no thread needs another's."""
+        threads_words = 32 * self.warps * (self.word_bytes // self.element_bytes)
+        return min(self.words // self.span, max(1, threads_words // (self.span * self.pages)))
+
+    def constants(self) -> dict[str, int | bool | None]:
         """Of the kernel that moves such tiles, in the order of its parameters."""
         if self.stages > 1:
             return {
@@ -112,25 +127,28 @@ class KernelSpec:
                 "WARPS": self.warps,
                 "STAGES": self.stages,
             }
-        return {
+        plain = {} if self.sums else {"sums": None}  # no parameter of a kernel that adds nothing up
+        return plain | {
             "WORD_BYTES": self.word_bytes,
             "PAGES": self.pages,
             "WORDS": self.words,
             "SPAN": self.span,
             "EXACT": self.exact,
             "PAGE_AXIS": PAGE_AXIS,
+            "FOLD": self.fold,
         }
 
 
 def kernel_specs(table: PageTable, slots_alignment: int, config: KernelConfig) -> list[KernelSpec]:
     """What a transfer of ``table`` launches: one kernel for each alignment class, widest first."""
-    return [spec for spec, _ in cut_into_strips(table, slots_alignment, config)]
+    return [spec for spec, _, _ in cut_into_strips(table, slots_alignment, config)]
 
 
 def cut_into_strips(
     table: PageTable, slots_alignment: int, config: KernelConfig
-) -> list[tuple[KernelSpec, npt.NDArray[np.int64]]]:
-    """Cut the pages of each alignment class into strips, int64 ``[num_strips, 5]``."""
+) -> list[tuple[KernelSpec, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Cut the pages of each alignment class into strips, int64 ``[num_strips, 5]``, and the number
+    of the first row of each (see ``sums``), int64 ``[num_strips]``."""
     plan = []
     words = [min(row.alignment, slots_alignment) for row in table.pages]
     for word_bytes in sorted(set(words), reverse=True):
@@ -143,6 +161,7 @@ def cut_into_strips(
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
         pages = min(pages, _most_pages(word_bytes, width, config.warps))
+        cuts = [(row, start) for row in rows for start in range(0, row.page_bytes, width * item)]
         strips = [
             (
                 row.view.data_ptr() + start,
@@ -151,11 +170,11 @@ def cut_into_strips(
                 row.offset + start,
                 row.pitch,
             )
-            for row in rows
-            for start in range(0, row.page_bytes, width * item)
+            for row, start in cuts
         ]
+        numbers = [row.first_row + start // ROW_BYTES for row, start in cuts]
         spec = KernelSpec(word_bytes, pages, width, exact, config.warps, stages)
-        plan.append((spec, np.array(strips, dtype=np.int64)))
+        plan.append((spec, np.array(strips, np.int64), np.array(numbers, np.int64)))
     return plan
 
 

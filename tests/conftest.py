@@ -31,6 +31,7 @@ SLOW_FILES = {
     "test_isolation.py",
     "test_kernels_compiled.py",
     "test_kernels_ring.py",
+    "test_kernels_sums.py",
     "test_life.py",
     "test_mutants.py",
     "test_offloader_machine.py",

@@ -244,6 +244,22 @@ class Rounds:
         return [each.token_ids for each in self.engine.generate(FEW, FEW_TOKENS)]
 
 
+def verified(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
+    """Loads that prove what they bring, with one bit of one slot flipped between two rounds."""
+    config = transfer(blocks_per_chunk, verify="load")
+    engine = Engine(model, kv_transfer_config=config, max_model_len=1024)
+    rounds = Rounds(engine)
+    rounds.run("stored", rounds.store)
+    rounds.run("loaded", rounds.load)
+    assert engine.worker.pool is not None
+    slots = engine.worker.pool.slots
+    first = int(slots.any(1).nonzero()[0])
+    slots[first, slots[first].nonzero()[0]] ^= 0x40  # of an exponent: an answer would show it
+    rounds.run("one bit flipped", rounds.load)
+    rounds.run("loaded at the end", rounds.load)
+    return {**rounds.seen, "wrong_chunks": engine.worker.loads.wrong_chunks}
+
+
 ALWAYS = 1 << 30
 
 
@@ -350,6 +366,7 @@ def main(scenario: str, model: str, output: str, blocks_per_chunk: str = "1") ->
             "pressure": pressure,
             "failures": failures,
             "hybrid": hybrid,
+            "verified": verified,
         }
         seen = scenarios[scenario](path, int(blocks_per_chunk))
     Path(output).write_text(json.dumps(seen))

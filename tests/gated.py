@@ -35,13 +35,13 @@ class GatedDevice(HostDevice):
 
         stream.put(run)
 
-    def gather(self, table, block_ids, slots, slot_ids, first_block, stream, *, zero_copy):
-        self._guard("gather", stream)
-        super().gather(table, block_ids, slots, slot_ids, first_block, stream, zero_copy=zero_copy)
+    def gather(self, *args, **kwargs):
+        self._guard("gather", args[5])
+        super().gather(*args, **kwargs)
 
-    def scatter(self, table, block_ids, slots, slot_ids, first_block, stream, *, zero_copy):
-        self._guard("scatter", stream)
-        super().scatter(table, block_ids, slots, slot_ids, first_block, stream, zero_copy=zero_copy)
+    def scatter(self, *args, **kwargs):
+        self._guard("scatter", args[5])
+        super().scatter(*args, **kwargs)
 
     def copy_batch(self, dst, src, sizes, stream):
         self._guard("copy_batch", stream)

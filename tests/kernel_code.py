@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from triton.backends.compiler import GPUTarget
 
 from triton_offload.kernels import pages
 from triton_offload.kernels.table import PageTable
-from triton_offload.kernels.tiling import KernelSpec, choose_config, kernel_specs
+from triton_offload.kernels.tiling import (
+    KernelSpec,
+    choose_config,
+    kernel_specs,
+    summing_config,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -58,11 +64,14 @@ _AMD_WIDTHS = {"dwordx4": 16, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2,
 _AMD_WIDTHS["ubyte"] = 1
 
 
-def spec_of(page_bytes: int, alignment: int, zero_copy: bool, backend: str) -> KernelSpec:
+def spec_of(
+    page_bytes: int, alignment: int, zero_copy: bool, backend: str, *, sums: bool = False
+) -> KernelSpec:
     """What a transfer of pages of this size launches, of a table as a user would make it."""
     table = PageTable([torch.empty(2, page_bytes, dtype=torch.uint8)], blocks_per_chunk=2)
-    (spec,) = kernel_specs(table, alignment, choose_config(zero_copy=zero_copy, backend=backend))
-    return spec
+    config = choose_config(zero_copy=zero_copy, backend=backend)
+    (spec,) = kernel_specs(table, alignment, summing_config(config) if sums else config)
+    return replace(spec, sums=sums)
 
 
 def cuobjdump(handle: Any, option: str) -> str:

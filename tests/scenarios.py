@@ -15,7 +15,7 @@ import torch
 from schedules import CROSSING_PATHS, HYBRID, NUM_BUFFERS, SINGLE
 
 from triton_offload.calibration import Path, PathTable
-from triton_offload.errors import PoolFullError
+from triton_offload.errors import ChecksumError, PoolFullError
 from triton_offload.job import OffloadJob
 from triton_offload.offloader import KVOffloader
 from triton_offload.pool.host_pool import HostPool
@@ -444,3 +444,46 @@ class _Program:
             writes=[page],
             run=lambda: page.fill_(value),
         )
+
+
+def flipped_bits(seed: int) -> None:
+    """A bit flips during a copy, of a store or of a load."""
+    with SimulatedDevice(seed) as device:
+        pages = device.empty(8 * 16).view(8, 16)
+        pages.random_(generator=torch.Generator().manual_seed(seed))
+        options = PipelineOptions(path=Path.STAGED, buffer_bytes=64, max_indices=32, verify="load")
+        with KVOffloader([pages], "1KiB", 2, device=device, options=options) as offloader:
+            device.faults.flip_bit("copy", nth=1 + seed % 2 * 2)  # every other one has sums
+            offloader.store([b"a"], [0, 1]).wait()
+            job = offloader.load([b"a"], [2, 3])
+            job.block()
+            assert job.result is not None
+            assert isinstance(job.result.error, ChecksumError), "a flipped bit was not found"
+
+
+def slot_stored_again(seed: int) -> None:
+    """A slot is stored, loaded and stored anew, and all that has run before anybody asks."""
+    with SimulatedDevice(seed) as device:
+        pages = device.empty(3 * 16).view(3, 16)
+        pages.random_(generator=torch.Generator().manual_seed(seed))
+        layout = CacheLayout([pages])
+        slots = torch.zeros(1, 16, dtype=torch.uint8)
+        device.register(slots)
+        pool = HostPool.from_tensor(device, slots, pinned=True)
+        options = PipelineOptions(path=Path.STAGED, buffer_bytes=64, max_indices=32, verify="load")
+        queue = transfer_queue(layout, pool, options=options)
+        slot = CPULoadStoreSpec([0], True)
+        jobs = [
+            queue.transfer_async(GPULoadStoreSpec([0]), slot),
+            queue.transfer_async(slot, GPULoadStoreSpec([2])),
+            queue.transfer_async(GPULoadStoreSpec([1]), slot),
+        ]
+        device.drain()
+        queue.wait(jobs)
+        results: list[TransferResult] = []
+        while len(results) < len(jobs):
+            results += queue.get_finished()
+        assert all(result.success for result in results), results
+        queue.shutdown()
+        pool.close()
+        device.unregister(slots)

@@ -21,6 +21,7 @@ from triton_offload.testing.serving import ServingEngine
 from triton_offload.transfer import lane as transfer_lane
 from triton_offload.transfer import layers as transfer_layers
 from triton_offload.transfer.device_worker import DeviceWorker
+from triton_offload.transfer.options import Verify
 from triton_offload.transfer.paths import staged
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import OffloadingQueueManager, transfer_queue
@@ -83,6 +84,7 @@ class Configuration:
     pinned: bool = True
     deferred: bool = False
     layers: bool = False
+    verify: Verify = "off"
 
     def options(self, slot_bytes: int) -> PipelineOptions:
         fixed = isinstance(self.paths, Path)
@@ -93,6 +95,7 @@ class Configuration:
             num_buffers=NUM_BUFFERS,
             max_indices=8 * self.buffer_chunks,  # or the least that it takes
             window_bytes=self.window_chunks and self.window_chunks * slot_bytes,
+            verify=self.verify,
         )
 
 
@@ -125,6 +128,11 @@ CONFIGURATIONS = {
     "copy engine, sizes": Configuration(SIZES, Path.COPY_ENGINE),
     "mixed paths, sizes": Configuration(SIZES, MIXED_PATHS, buffer_chunks=3),
     "mixed paths, sizes, layers": Configuration(SIZES, MIXED_PATHS, layers=True),
+    "staged, verified": Configuration(CacheShape(), Path.STAGED, verify="load"),
+    "mixed paths, hybrid, verified": Configuration(HYBRID, MIXED_PATHS, verify="load"),
+    "mixed paths, sizes, layers, verified": Configuration(
+        SIZES, MIXED_PATHS, layers=True, verify="load"
+    ),
 }
 
 

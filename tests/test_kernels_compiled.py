@@ -38,7 +38,7 @@ from triton_offload.kernels.tiling import choose_config
 ROOT = Path(__file__).resolve().parent.parent
 TRITON_36 = Path(os.environ.get("TRITON_36_PATH", ROOT / ".venv" / "triton-3.6"))
 
-KERNEL_CONSTANTS = ("WORD_BYTES", "PAGES", "WORDS", "SPAN", "EXACT", "PAGE_AXIS")
+KERNEL_CONSTANTS = ("sums", "WORD_BYTES", "PAGES", "WORDS", "SPAN", "EXACT", "PAGE_AXIS", "FOLD")
 MAX_THREADS = 1024
 
 

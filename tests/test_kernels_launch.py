@@ -224,7 +224,7 @@ def test_strips_cover_every_page_once(
         {min(row.alignment, slots_alignment) for row in table.pages}, reverse=True
     )
     covered: list[tuple[int, int, int]] = []
-    for spec, strips in plan:
+    for spec, strips, _ in plan:
         assert spec.pages & (spec.pages - 1) == spec.words & (spec.words - 1) == 0
         assert spec.tile_bytes <= tile_bytes // (1 if spec.exact else 2)
         for address, stride, elements, offset, pitch in strips.tolist():

@@ -168,6 +168,17 @@ def test_whatever_transfer_fails_outputs_equal_those_without_a_connector(
     assert seen["every job is refused"]["failed_stores"] == 4
 
 
+@pytest.mark.deep
+def test_one_flipped_bit_of_the_pool_costs_a_recompute_and_is_counted(scenarios: Scenarios) -> None:
+    seen = scenarios.run("verified", 2)
+    assert seen.pop("wrong_chunks") == 1
+    wanted = seen["stored"]["answers"]
+    for name, each in seen.items():
+        assert each["answers"] == wanted, name
+        assert each["failed_loads"] == int(name == "one bit flipped"), name
+    assert seen["loaded"]["loads"] == seen["loaded at the end"]["loads"] == 4
+
+
 def test_a_hybrid_model_survives_failures_too(scenarios: Scenarios) -> None:
     seen = scenarios.run("hybrid", 2, model_name="hybrid")
     wanted = seen.pop("plain")["answers"]

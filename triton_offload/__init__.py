@@ -13,6 +13,7 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` is most of wha
 if TYPE_CHECKING:
     from triton_offload.calibration import Calibration
     from triton_offload.errors import (
+        ChecksumError,
         DeviceLostError,
         PendingKeyError,
         PoolFullError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "ChecksumError",
     "ChunkSpec",
     "DeviceLostError",
     "Direction",
@@ -53,6 +55,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Calibration": "calibration",
+    "ChecksumError": "errors",
     "ChunkSpec": "medium",
     "DeviceLostError": "errors",
     "Direction": "specs",

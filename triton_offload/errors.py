@@ -38,3 +38,20 @@ class TransferFailedError(RuntimeError):
 
 class DeviceLostError(RuntimeError):
     """The device reports an error that nothing queued on it will survive."""
+
+
+class ChecksumError(RuntimeError):
+    """What a load brought is not what was stored; its pages hold wrong bytes.
+
+    `slot_ids`: the slots of the pool whose bytes are wrong, or were on their way.
+    """
+
+    def __init__(self, slot_ids: tuple[int, ...]) -> None:
+        shown = ", ".join(map(str, slot_ids[:8])) + (", ..." if len(slot_ids) > 8 else "")
+        super().__init__(
+            f"{len(slot_ids)} chunks do not add up to what was stored, in the slots {shown}"
+        )
+        self.slot_ids = slot_ids
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[int, ...]]]:
+        return type(self), (self.slot_ids,)

@@ -10,13 +10,15 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
+from triton_offload.errors import ChecksumError
 from triton_offload.job import OffloadJob
 from triton_offload.kernels.arguments import as_seconds, shown
 from triton_offload.ledger import Entry, JobLedger
+from triton_offload.medium import ChunkSpec
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.process_lock import ProcessLock
 from triton_offload.scheduler.manager import CPUOffloadingManager
@@ -142,6 +144,8 @@ class OffloadingJobs:
     def _complete(self, entry: Entry) -> None:
         """Nothing that a job moves itself is under way any more."""
         missing = entry.chunks.end() if entry.chunks is not None else []
+        if entry.chunks is not None and entry.job.direction is Direction.STORE and not missing:
+            self._add_up(entry.chunks, entry.slots)
         if missing and all(part.success for part in entry.parts):
             error = RuntimeError(
                 f"worker: expected it to write every chunk, got no bytes of {missing[0]!r}"
@@ -149,6 +153,7 @@ class OffloadingJobs:
             failed = TransferResult(entry.job.job_id, TransferStatus.FAILED, error=error)
             entry.parts.append(failed)
         self._return_slots(entry, success=all(part.success for part in entry.parts))
+        self._drop_wrong(entry)
         self._ledger.moved(entry)
 
     def _return_slots(self, entry: Entry, *, success: bool) -> None:
@@ -157,6 +162,25 @@ class OffloadingJobs:
             self._manager.complete_load(entry.keys, slots=entry.slots)
         else:
             self._manager.complete_store(entry.keys, success=success, slots=entry.slots)
+
+    def _add_up(self, imported: ChunkSpec, slots: list[int]) -> None:
+        """What a medium has written goes by no kernel: where bytes are proved, it is read again."""
+        if self._queue.checksums is not None:
+            blocks = [chunk.blocks for chunk in imported.chunks]
+            self._queue.checksums.take_in(self._pool, slots, blocks, imported.group)
+
+    def _drop_wrong(self, entry: Entry) -> None:
+        """Chunks whose bytes were wrong are not looked up any more, from their last load on."""
+        wrong: set[int] = set()
+        for part in entry.parts:
+            if isinstance(part.error, ChecksumError):
+                wrong.update(part.error.slot_ids)
+        if wrong:
+            pairs = zip(entry.keys, entry.slots, strict=True)
+            found = [(key, slot) for key, slot in pairs if slot in wrong]
+            keys, slots = zip(*found, strict=True)
+            with suppress(RuntimeError):  # of a user's policy: each load of them fails, then
+                self._manager.drop(keys, slots=slots)
 
     def _cancel(self, entry: Entry) -> bool:
         """All of a job, if none of it has started."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ class Chunk:
 
     No store, load or eviction changes these bytes while the job is under way, a reset included.
     When it has ended, `data` and `write` raise RuntimeError.
+
+    `sums`: of an export beside `verify`, what blocks added up to when they were stored, by their
+    position in the chunk: `triton_offload.kernels.sums.slot_sums` of `data` has the same, if the
+    bytes do.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Chunk:
         self.key = key
         self.blocks = blocks
         self.written = False
+        self.sums: Mapping[int, int] = {}
         self._slot: Bytes | None = slot
         self._table = table
         self._writing = writing
@@ -105,16 +110,18 @@ class ChunkSpec(LoadStoreSpec):
         group: int,
         *,
         writing: bool,
+        sums: Sequence[Mapping[int, int]] | None = None,
     ) -> ChunkSpec:
-        """`slots`: the pool's, uint8 `[num_slots, slot_bytes]`; `keys[i]` is in `slot_ids[i]`."""
+        """`slots`: the pool's, uint8 `[num_slots, slot_bytes]`; `keys[i]` is in `slot_ids[i]`, and
+        `sums[i]` are what is known of it."""
         rows = slots.numpy()
         places = zip(keys, blocks, slot_ids.tolist(), strict=True)
-        return cls(
-            tuple(
-                Chunk(key, mask, rows[slot], table, writing=writing) for key, mask, slot in places
-            ),
-            group,
+        chunks = tuple(
+            Chunk(key, mask, rows[slot], table, writing=writing) for key, mask, slot in places
         )
+        for chunk, known in zip(chunks, sums or (), strict=False):
+            chunk.sums = {s: known[s] for s in known if chunk.blocks >> s & 1}
+        return cls(chunks, group)
 
     def end(self) -> list[bytes]:
         """Nobody may touch the slots from here on; the keys that an import did not write."""

@@ -190,6 +190,12 @@ _COUNTERS: tuple[_Row, ...] = (
         _WAY,
         _by_way(_transfers, lambda each: each.queue_waits),
     ),
+    (
+        "wrong_chunks",
+        "Chunks whose bytes were not those that were stored.",
+        _WAY,
+        _by_way(_transfers, lambda each: each.wrong_chunks),
+    ),
     ("medium_jobs", "Imports and exports that ended, by how.", (*_WAY, "status"), _jobs(_media)),
     (
         "medium_failures",

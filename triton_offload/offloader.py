@@ -32,6 +32,7 @@ from triton_offload.stats import OffloadingStats, SizeStats
 from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layers import NamedLayers
 from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.options import Verify, check_verify
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.transfer.worker import OffloadingWorker
@@ -64,6 +65,10 @@ class KVOffloader(OffloadingJobs):
         options: sizes of the worker side; what they give, the calibration does not decide.
         device: the seam to transfer by, uncalibrated; None: by where the tensors lie. Tests give a
             `triton_offload.testing.SimulatedDevice`.
+        verify: "store": what is stored is added up on its way, and the sums kept beside the slots,
+            for exports (`Chunk.sums`). "load": they are compared too by every load; one that brings
+            other bytes fails (`ChecksumError`), and its wrong chunks look up as missing. "off": no
+            sums. "off" because of what it costs in CPU memory: README.md has the figures.
 
     Every method may be called from any thread of the process that made it; in a fork of it they
     raise RuntimeError. What a call was given (ids, keys) is the caller's again when it returns. A
@@ -87,10 +92,12 @@ class KVOffloader(OffloadingJobs):
         calibration: Calibration | str | os.PathLike[str] = "auto",
         options: PipelineOptions | None = None,
         device: Device | None = None,
+        verify: Verify = "off",
     ) -> None:
         layout = CacheLayout.named(kv_caches, blocks_per_chunk, groups)
         if device is not None and (isinstance(device, type) or not hasattr(device, "check_stream")):
             raise TypeError(f"device: expected a Device or None, got {shown(device)}")
+        check_verify(verify)
         size = parse_bytes("host_bytes", host_bytes)
         check_memory("host_bytes", size)  # before anything grows with it
         slabs = Slabs.fit(size, layout.slot_sizes)
@@ -106,7 +113,7 @@ class KVOffloader(OffloadingJobs):
             device = device_for(layout.device, measured)
         pool = HostPool.allocate(device, slabs.num_slabs, slabs.slab_bytes, layout.slot_sizes)
         try:
-            queue = transfer_queue(layout, pool, path, options, measured)
+            queue = transfer_queue(layout, pool, path, options, measured, verify)
         except BaseException:
             pool.close()
             raise
@@ -420,4 +427,9 @@ class KVOffloader(OffloadingJobs):
         keys, layout = self._reader.given(keys), self._layout.groups[group]
         rows = self._pool.slabs.sizes[layout.size].rows(slots)
         pool = self._pool.slots_of(layout.size)
-        return ChunkSpec.of(keys, masks, pool, rows, layout.table, group, writing=writing)
+        sums = None
+        if self._queue.checksums is not None and not writing:
+            sums = [self._queue.checksums.of_slot(slot, group) for slot in slots.tolist()]
+        return ChunkSpec.of(
+            keys, masks, pool, rows, layout.table, group, writing=writing, sums=sums
+        )

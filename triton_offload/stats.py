@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from triton_offload.errors import ChecksumError
 from triton_offload.specs import TransferResult, TransferStatus
 
 
@@ -24,7 +25,8 @@ class DirectionStats:
     Of those that succeeded: `num_bytes` and `seconds`; `paths`, the same by the name of the path;
     `queue_waits`, how many had bytes to move, and `queue_seconds`, how long these waited in all
     from their submission until something of them was queued on the device. `failures`: how many
-    failed by the class name of the error.
+    failed by the class name of the error. `wrong_chunks`: chunks whose bytes were not those that
+    were stored (`ChecksumError`).
     """
 
     jobs: int = 0
@@ -36,6 +38,7 @@ class DirectionStats:
     queue_seconds: float = 0.0
     paths: Mapping[str, PathStats] = field(default_factory=dict, hash=False)
     failures: Mapping[str, int] = field(default_factory=dict, hash=False)
+    wrong_chunks: int = 0
 
     @property
     def succeeded(self) -> int:
@@ -59,6 +62,7 @@ class DirectionTotals:
         self._bytes_by_path: dict[str, int] = {}
         self._seconds_by_path: dict[str, float] = {}
         self._failures = Counter[str]()
+        self._wrong_chunks = 0
 
     def add(self, result: TransferResult) -> None:
         """A job has ended."""
@@ -66,6 +70,8 @@ class DirectionTotals:
         if result.status is TransferStatus.FAILED:
             error = result.error
             self._failures["unknown" if error is None else type(error).__name__] += 1
+            if isinstance(error, ChecksumError):
+                self._wrong_chunks += len(error.slot_ids)
         if not result.success:
             return
         self._num_bytes += result.num_bytes
@@ -92,6 +98,7 @@ class DirectionTotals:
                 for path, num_bytes in self._bytes_by_path.items()
             },
             dict(self._failures),
+            self._wrong_chunks,
         )
 
 

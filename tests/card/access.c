@@ -55,6 +55,24 @@ static void store(machine *m, warp *w, uint32_t lanes, const lane_values address
     count_access(m, lanes, addresses, i->bytes, NULL, MEMORY_WRITE);
 }
 
+/* Lane after lane: several may name one address. */
+static void add_to(machine *m, warp *w, uint32_t lanes, const lane_values addresses) {
+    const instruction *i = m->running;
+    lane_values space;
+    const uint64_t *values = read_source(m, w, lanes, 1, i->type, space);
+    for (int lane = 0; lane < LANES; lane++) {
+        if (!(lanes >> lane & 1))
+            continue;
+        reach(m, lane, addresses[lane], i->bytes, MEMORY_READ);
+        uint8_t *to = reach(m, lane, addresses[lane], i->bytes, MEMORY_WRITE);
+        uint64_t sum = 0;
+        memcpy(&sum, to, i->bytes);
+        sum += values[lane];
+        memcpy(to, &sum, i->bytes);
+    }
+    count_access(m, lanes, addresses, i->bytes, NULL, MEMORY_WRITE);
+}
+
 void access_global(machine *m, warp *w, uint32_t lanes) {
     lane_values addresses, space;
     const uint64_t *bases = read_source(m, w, lanes, 0, ADDRESS, space);
@@ -62,6 +80,8 @@ void access_global(machine *m, warp *w, uint32_t lanes) {
         addresses[lane] = bases[lane] + (uint64_t)m->running->offsets[0];
     if (m->running->operation == OP_LD_GLOBAL)
         load(m, w, lanes, addresses);
-    else
+    else if (m->running->operation == OP_ST_GLOBAL)
         store(m, w, lanes, addresses);
+    else
+        add_to(m, w, lanes, addresses);
 }

@@ -220,6 +220,8 @@ void compute(machine *m, warp *w, uint32_t lanes) {
     case OP_MOV:
     case OP_CVT:
         EACH_LANE(a[lane]);
+    case OP_ADD_HALVES:
+        EACH_LANE(((a[lane] + b[lane]) & 0xffff) | (((a[lane] >> 16) + (b[lane] >> 16)) << 16));
     case OP_ADD:
         EACH_LANE(a[lane] + b[lane]);
     case OP_SUB:

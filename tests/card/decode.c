@@ -129,6 +129,18 @@ static int decode_memory(opcode_parts *parts, instruction *into, operand_counts 
 }
 
 /* cp.async.cg.shared.global [to], [from], bytes{, bytes that are read}{, cache policy} */
+/* A sum in memory, of which nobody reads what was there: "red.global.gpu.relaxed.add.u64". */
+static int decode_reduction(opcode_parts *parts, instruction *into, operand_counts *counts) {
+    if (!take(parts, "red") || !take(parts, "global") || !take(parts, "add") ||
+        !take_type(parts, &into->type) || into->type.bits < 32)
+        return -1;
+    take_all(parts, CACHING);
+    into->bytes = into->type.bits / 8u;
+    into->operation = OP_RED_ADD;
+    *counts = counts_of(0, 2);
+    return 0;
+}
+
 static int decode_copy(opcode_parts *parts, instruction *into, operand_counts *counts) {
     if (!take(parts, "cp") || !take(parts, "async"))
         return -1;
@@ -281,6 +293,12 @@ static int decode_simple(opcode_parts *parts, instruction *into, operand_counts 
         *counts = counts_of(1, 3);
         return known && into->type.bits == 32 ? 0 : -1;
     }
+    if (take(parts, "s16x2") || take(parts, "u16x2")) { /* halves of a word, apart */
+        into->operation = OP_ADD_HALVES;
+        into->type = into->result_type = (type){32, 0};
+        *counts = counts_of(1, 2);
+        return take(parts, "add") ? 0 : -1;
+    }
     for (size_t i = 0; i < sizeof SIMPLE / sizeof *SIMPLE; i++) {
         if (!take(parts, SIMPLE[i].name))
             continue;
@@ -302,7 +320,7 @@ int decode_opcode(const char *opcode, instruction *into, operand_counts *counts,
                   size_t why_bytes) {
     typedef int decoder(opcode_parts *, instruction *, operand_counts *);
     static decoder *const decoders[] = {decode_simple,  decode_multiply, decode_compare,
-                                        decode_memory,  decode_copy,     decode_exchange,
+                                        decode_memory,  decode_reduction, decode_copy,     decode_exchange,
                                         decode_flow};
     opcode_parts parts;
     for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {

@@ -67,6 +67,7 @@ static void run_instruction(machine *m, warp *w, uint32_t lanes) {
     switch (m->running->operation) {
     case OP_LD_GLOBAL:
     case OP_ST_GLOBAL:
+    case OP_RED_ADD:
         access_global(m, w, lanes);
         break;
     case OP_LD_SHARED:

@@ -13,7 +13,7 @@ from card.machine import Counters, Function, Kind, Memory, Module
 from triton.backends.compiler import GPUTarget
 
 from triton_offload.kernels import compiling, pages
-from triton_offload.kernels.compiling import ARGUMENT_TYPES, compile_kernel
+from triton_offload.kernels.compiling import SUM_TYPES, compile_kernel
 from triton_offload.kernels.table import PageTable, check_run
 from triton_offload.kernels.tiling import KernelConfig, KernelSpec
 
@@ -46,11 +46,15 @@ def launches_on_machine(target: GPUTarget) -> Iterator[list[Counters]]:
     def run(
         kernel: Any, spec: KernelSpec, _: torch.device, programs: int, arguments: tuple[int, ...]
     ) -> None:
-        named = dict(zip(ARGUMENT_TYPES, arguments, strict=True))
+        named = dict(zip(SUM_TYPES, arguments, strict=False))
         end = named["first_block"] + named["num_blocks"]
         chunks = -(-end // named["blocks_per_chunk"])
         with Memory() as memory:
-            memory.add(named["strips"], 40 * named["num_strips"])
+            # Rows lie behind the strips; who adds nothing up has no business there.
+            row_bytes = 48 if "sums" in named else 40
+            memory.add(named["strips"], row_bytes * named["num_strips"])
+            if "sums" in named:
+                memory.add(named["sums"], 8 * named["num_blocks"])
             memory.add(named["block_ids"], 8 * named["num_blocks"], Kind.PINNED)
             memory.add(named["slot_ids"], 8 * chunks, Kind.PINNED)
             counted.append(launch(loaded(kernel, spec, target), programs, arguments))
@@ -70,6 +74,7 @@ def move_pages(
     *,
     config: KernelConfig,
     slots_in: Kind = Kind.DEVICE,
+    sums: torch.Tensor | None = None,
 ) -> list[Counters]:
     """`gather_pages` or `scatter_pages` on the machine.
 
@@ -91,7 +96,7 @@ def move_pages(
                 memory.mark_written(at, page.page_bytes)
         start = getattr(pages, f"launch_{direction}")
         with launches_on_machine(target) as counted:
-            start(table, run.block_ids, slots, run.slot_ids, run.first_block, config)
+            start(table, run.block_ids, slots, run.slot_ids, run.first_block, config, sums)
     return counted
 
 

@@ -144,8 +144,9 @@ class Device(Protocol):
     def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: Stream) -> None:
         """Copy `sizes[i]` bytes from address `src[i]` to `dst[i]`, in any order among them."""
 
-    def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
-        """Compile and load the kernels for these operands; blocks, at construction only."""
+    def prepare(self, table: PageTable, slots: torch.Tensor, *, sums: bool = False) -> None:
+        """Compile and load the kernels for these operands, where `sums` those that add up; blocks,
+        at construction only."""
 
     def gather(
         self,
@@ -157,11 +158,13 @@ class Device(Protocol):
         stream: Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
         """Pages to slots (see `kernels.pages.gather_pages`), ids already checked.
 
         The id tensors come from `empty_indices` or lie on the device, and stay as they are until
-        the work is done.
+        the work is done. `sums`: int64 `[blocks]` of `empty`; what the pages of block i add up to,
+        as they pass, is added to `sums[i]` (see `kernels.sums`).
         """
 
     def scatter(
@@ -174,5 +177,6 @@ class Device(Protocol):
         stream: Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
         """Slots to pages, the other way."""

@@ -296,11 +296,14 @@ class CUDADevice(RealTime):
             error,
         )
 
-    def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
+    def prepare(self, table: PageTable, slots: torch.Tensor, *, sums: bool = False) -> None:
         alignment = alignment_of(slots.data_ptr(), slots.stride(0))
         with self._context.beside_captures():  # a module is loaded
-            for config in {self._configs[way, slots.device.type == "cpu"] for way in Direction}:
-                pages.prepare(table, alignment, config)
+            for config in {
+                self._config(way, zero_copy=slots.device.type == "cpu", sums=sums)
+                for way in Direction
+            }:
+                pages.prepare(table, alignment, config, sums=sums)
 
     def gather(
         self,
@@ -312,10 +315,11 @@ class CUDADevice(RealTime):
         stream: torch.cuda.Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
+        config = self._config(Direction.STORE, zero_copy=zero_copy, sums=sums is not None)
         with torch.cuda.stream(stream):
-            config = self._configs[Direction.STORE, zero_copy]
-            pages.launch_gather(table, block_ids, slots, slot_ids, first_block, config)
+            pages.launch_gather(table, block_ids, slots, slot_ids, first_block, config, sums)
 
     def scatter(
         self,
@@ -327,10 +331,19 @@ class CUDADevice(RealTime):
         stream: torch.cuda.Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
+        config = self._config(Direction.LOAD, zero_copy=zero_copy, sums=sums is not None)
         with torch.cuda.stream(stream):
-            config = self._configs[Direction.LOAD, zero_copy]
-            pages.launch_scatter(table, block_ids, slots, slot_ids, first_block, config)
+            pages.launch_scatter(table, block_ids, slots, slot_ids, first_block, config, sums)
+
+    def _config(self, way: Direction, *, zero_copy: bool, sums: bool) -> pages.KernelConfig:
+        config = self._configs[way, zero_copy]
+        if not sums:
+            return config
+        if config.stages > 1:  # a ring adds nothing up
+            config = launch_config(None, zero_copy=zero_copy)
+        return pages.summing_config(config)
 
 
 def launch_config(shape: LaunchShape | None, *, zero_copy: bool) -> pages.KernelConfig:

@@ -218,13 +218,13 @@ class Deferred:
     def fill_zero(self, buffer: Any, stream: _Stream) -> None:
         self._work(self._device.fill_zero, (buffer,), stream)
 
-    def gather(self, *operands: Any, zero_copy: bool) -> None:
+    def gather(self, *operands: Any, **options: Any) -> None:
         *first, stream = operands
-        self._work(self._device.gather, first, stream, zero_copy=zero_copy)
+        self._work(self._device.gather, first, stream, **options)
 
-    def scatter(self, *operands: Any, zero_copy: bool) -> None:
+    def scatter(self, *operands: Any, **options: Any) -> None:
         *first, stream = operands
-        self._work(self._device.scatter, first, stream, zero_copy=zero_copy)
+        self._work(self._device.scatter, first, stream, **options)
 
     # -- inside --
 

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from triton_offload.calibration import HOST_PATHS
-from triton_offload.device import host_pages
+from triton_offload.device import host_pages, host_sums
 from triton_offload.device.base import WHERE
 from triton_offload.device.realtime import RealTime
 from triton_offload.device.threads import OwnThread, on_own_thread
@@ -48,6 +48,7 @@ class Record:
 
 
 _Work = Callable[[], object]
+_Move = Callable[..., None]
 
 
 class _Tasks:
@@ -290,7 +291,7 @@ class HostDevice(RealTime):
         work = partial(_copy_ranges, dst, src, sizes, stream.tasks.check)
         self._submit(stream, work, int(sizes.sum()))
 
-    def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
+    def prepare(self, table: PageTable, slots: torch.Tensor, *, sums: bool = False) -> None:
         return
 
     def gather(
@@ -303,8 +304,12 @@ class HostDevice(RealTime):
         stream: HostStream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
-        self._move(host_pages.gather, stream, table, block_ids, slots, slot_ids, first_block)
+        move: _Move = host_pages.gather
+        if sums is not None:
+            move = partial(host_sums.move, sums=sums, gathers=True)
+        self._move(move, stream, table, block_ids, slots, slot_ids, first_block)
 
     def scatter(
         self,
@@ -316,12 +321,16 @@ class HostDevice(RealTime):
         stream: HostStream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
-        self._move(host_pages.scatter, stream, table, block_ids, slots, slot_ids, first_block)
+        move: _Move = host_pages.scatter
+        if sums is not None:
+            move = partial(host_sums.move, sums=sums, gathers=False)
+        self._move(move, stream, table, block_ids, slots, slot_ids, first_block)
 
     def _move(
         self,
-        move: Callable[..., None],
+        move: _Move,
         stream: HostStream,
         table: PageTable,
         block_ids: torch.Tensor,

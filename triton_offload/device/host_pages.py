@@ -60,18 +60,18 @@ def gather(
 
     `check` is called between two tensors of many bytes; what it raises ends the work there.
     """
-    if _are_few(table, block_ids):
+    if are_few(table, block_ids):
         for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
             for tensor in tensors:
                 for block, place in pairs:
                     tensor.places[place] = tensor.pages[block]
         return
-    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
-        here, there = _rows(blocks), _rows(places)
+    for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
+        here, there = row_numbers(blocks), row_numbers(places)
         with torch.inference_mode():  # caches of an engine may be tensors of it
             for tensor in tensors:
                 check()
-                _move(tensor.page_words, here, tensor.place_words, there)
+                move_rows(tensor.page_words, here, tensor.place_words, there)
 
 
 def scatter(
@@ -83,31 +83,34 @@ def scatter(
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
-    if _are_few(table, block_ids):
+    if are_few(table, block_ids):
         for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
             for tensor in tensors:
                 for block, place in pairs:
                     tensor.pages[block] = tensor.places[place]
         return
-    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
-        here, there = _rows(blocks), _rows(places)
+    for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
+        here, there = row_numbers(blocks), row_numbers(places)
         with torch.inference_mode():
             for tensor in tensors:
                 check()
-                _move(tensor.place_words, there, tensor.page_words, here)
+                move_rows(tensor.place_words, there, tensor.page_words, here)
 
 
 # -- views --
 
-_Numbers: TypeAlias = npt.NDArray[np.int64] | slice
-_Index: TypeAlias = _Numbers | int
+Numbers: TypeAlias = npt.NDArray[np.int64] | slice
+_Index: TypeAlias = Numbers | int
 _Views: TypeAlias = npt.NDArray[Any]
 
 
-class _Tensor(NamedTuple):
-    """A tensor's pages and their places in some slots: as arrays of one element a page, and as
-    tensors of one row of words a page."""
+class Tensor(NamedTuple):
+    """A tensor's pages and their places in some slots: as arrays of one row of bytes a page, as
+    arrays of one element a page, and as tensors of one row of words a page."""
 
+    number: int  # in the table
+    page_rows: _Views
+    place_rows: _Views
     pages: _Views
     places: _Views
     page_words: torch.Tensor
@@ -120,18 +123,16 @@ class _Plan:
     many places lie between two slots and between two positions (see `_places_of`)."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[int, int, int], dict[tuple[int, int], list[_Tensor]]] = {}
+        self._tensors: dict[tuple[int, int, int], dict[tuple[int, int], list[Tensor]]] = {}
 
-    def tensors(
-        self, table: PageTable, slots: torch.Tensor
-    ) -> dict[tuple[int, int], list[_Tensor]]:
+    def tensors(self, table: PageTable, slots: torch.Tensor) -> dict[tuple[int, int], list[Tensor]]:
         memory = slots.data_ptr(), slots.shape[0], slots.stride(0)
         found = self._tensors.get(memory)
         if found is None:
             found = {}
-            for page in table.pages:
+            for number, page in enumerate(table.pages):
                 steps, places = _places_of(page, *memory, table.blocks_per_chunk)
-                found.setdefault(steps, []).append(_tensor(page.view.numpy(), places))
+                found.setdefault(steps, []).append(_tensor(number, page.view.numpy(), places))
             if len(self._tensors) >= _MAX_PLACES:
                 self._tensors.clear()
             self._tensors[memory] = found
@@ -148,7 +149,7 @@ def _plan_of(table: PageTable) -> _Plan:
     return plan
 
 
-def _are_few(table: PageTable, block_ids: torch.Tensor) -> bool:
+def are_few(table: PageTable, block_ids: torch.Tensor) -> bool:
     return block_ids.shape[0] * table.bytes_per_block <= _SMALL_BYTES * len(table.pages)
 
 
@@ -158,10 +159,10 @@ def _pairs(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> Iterator[tuple[list[_Tensor], list[tuple[_Index, _Index]]]]:
+) -> Iterator[tuple[list[Tensor], list[tuple[_Index, _Index]]]]:
     """Tensors with what numpy is to move at once: indices of pages and of their places."""
     if table.bytes_per_block < _ONE_PAGE_BYTES * len(table.pages):
-        for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
+        for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
             yield tensors, [(blocks, places)]
         return
     pages, slot, span = block_ids.tolist(), slot_ids.tolist(), table.blocks_per_chunk
@@ -171,13 +172,13 @@ def _pairs(
         yield tensors, list(zip(pages, there, strict=True))
 
 
-def _operands(
+def operands(
     table: PageTable,
     block_ids: torch.Tensor,
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-) -> Iterator[tuple[list[_Tensor], _Numbers, _Numbers]]:
+) -> Iterator[tuple[list[Tensor], Numbers, Numbers]]:
     """Tensors with the numbers of the pages and of the places that are to be moved.
 
     Of chunks of 32 pages of 4 KiB one call for each position reached 0.2 of a plain copy's speed,
@@ -215,7 +216,7 @@ def _places_of(
     return (to_slot // step, to_position // step), rows
 
 
-def _tensor(pages: _Views, places: _Views) -> _Tensor:
+def _tensor(number: int, pages: _Views, places: _Views) -> Tensor:
     # Of a single row any stride will do, but not to torch.
     both = [rows if len(rows) > 1 else rows[0][None] for rows in (pages, places)]
     bits = pages.shape[1]
@@ -223,14 +224,17 @@ def _tensor(pages: _Views, places: _Views) -> _Tensor:
         bits |= rows.ctypes.data | rows.strides[0]
     word = next(word for size, word in _WORDS if bits % size == 0)
     whole = f"V{pages.shape[1]}"
-    return _Tensor(
+    return Tensor(
+        number,
+        both[0],
+        both[1],
         pages.view(whole)[:, 0],
         places.view(whole)[:, 0],
         *(torch.from_numpy(rows.view(word)) for rows in both),
     )
 
 
-def _numbers(ids: npt.NDArray[np.int64]) -> _Numbers:
+def _numbers(ids: npt.NDArray[np.int64]) -> Numbers:
     """Consecutive numbers as a slice, others as they are."""
     first, count = int(ids[0]), len(ids)
     if count == 1 or (ids[-1] - first == count - 1 and (ids[1:] - ids[:-1] == 1).all()):
@@ -243,11 +247,11 @@ def _numbers(ids: npt.NDArray[np.int64]) -> _Numbers:
 _Rows: TypeAlias = torch.Tensor | slice
 
 
-def _rows(numbers: _Numbers) -> _Rows:
+def row_numbers(numbers: Numbers) -> _Rows:
     return numbers if isinstance(numbers, slice) else torch.from_numpy(numbers)
 
 
-def _move(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
+def move_rows(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
     if isinstance(src_rows, slice):
         if isinstance(dst_rows, slice):
             dst[dst_rows].copy_(src[src_rows])

@@ -179,9 +179,7 @@ class CPUOffloadingManager(OffloadingManager):
         if evicted is None:
             return None
         if evicted:
-            for key in evicted if self._partial else ():
-                self._partial.pop(key, None)
-            self._record(evicted, removed=True)
+            self._note_evicted(evicted)
 
         keys_to_store = tuple(to_write)
         new = [key for key in to_write if key not in known] if extended else keys_to_store
@@ -202,6 +200,11 @@ class CPUOffloadingManager(OffloadingManager):
             blocks=tuple(to_write.values()),
             pending_keys=tuple(pending),
         )
+
+    def _note_evicted(self, keys: Sequence[Key]) -> None:
+        for key in keys if self._partial else ():
+            self._partial.pop(key, None)
+        self._record(keys, removed=True)
 
     def _blocks_offered(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> dict[Key, int]:
         """The mask of each key, in their order."""
@@ -325,6 +328,20 @@ class CPUOffloadingManager(OffloadingManager):
             self._room.free_pinned(older.complete(keys, Direction.LOAD, slots))
         self._policy.release(idle)
         self._room.unpin(idle)
+
+    def drop(self, keys: Sequence[Key], *, slots: Sequence[int]) -> None:
+        """Evict those of the keys that lie in these slots still, and that no transfer uses,
+        whatever the policy thinks: their bytes are wrong. Raises what an eviction does."""
+        pairs = zip(keys, slots, strict=True)
+        wrong = {key for key, slot in pairs if self._slot_of.get(key) == slot}
+        wrong -= self._storing.keys() | self._loading.keys()
+        if not wrong:
+            return
+        others = self._slot_of.keys() - wrong
+        busy = (self._storing.keys(), self._loading.keys())
+        evicted = self._policy.evict(len(wrong), others, busy)
+        self._room.free(evicted)
+        self._note_evicted(evicted)
 
     def take_events(self) -> list[OffloadingEvent]:
         events, self._events = self._events or [], None if self._events is None else []

@@ -55,6 +55,10 @@ class Room(ABC):
         """
 
     @abstractmethod
+    def free(self, keys: Sequence[Key]) -> None:
+        """The policy has let these go, of which none is pinned: their slots are free."""
+
+    @abstractmethod
     def place(self, keys: Sequence[Key], size: int) -> list[int]:
         """A slot for each new chunk, pinned; `make` has seen to it that there is one."""
 
@@ -106,8 +110,11 @@ class RoomOfOneSize(Room):
         if num_to_evict > self.most_chunks - num_free - self.num_pinned - num_idle:
             return None
         evicted = self.policy.evict(num_to_evict, kept, busy)
-        self._free.put(map(self.slot_of.pop, evicted))
+        self.free(evicted)
         return evicted
+
+    def free(self, keys: Sequence[Key]) -> None:
+        self._free.put(map(self.slot_of.pop, keys))
 
     def place(self, keys: Sequence[Key], size: int) -> list[int]:
         slots = self._free.take(len(keys))

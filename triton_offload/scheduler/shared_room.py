@@ -73,8 +73,12 @@ class SharedRoom(Room):
                     short -= 1
                 elif key not in leaving.keys and leaving.add_other(key, named):
                     short -= per_slab
-        self._slots.put(self._forget(leaving.keys))
-        return list(leaving.keys)
+        evicted = list(leaving.keys)
+        self.free(evicted)
+        return evicted
+
+    def free(self, keys: Sequence[Key]) -> None:
+        self._slots.put(self._forget(keys))
 
     def place(self, keys: Sequence[Key], size: int) -> list[int]:
         slots = self._slots.take(len(keys), size)

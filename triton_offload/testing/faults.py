@@ -36,6 +36,7 @@ class Faults:
 
     `in_call`: a call of the seam raises, and nothing is queued. `in_run`: an operation of that
     kind fails when it runs; with `sticky`, as an illegal access does, the device is lost.
+    `flip_bit`: a copy of that kind ("copy") lands with one bit flipped, which one by the seed.
     `never_ends`: an operation of that kind never completes. `refuse`: host memory is not pinned,
     and nothing raised. `nth` counts from now; `times` may be `math.inf`. `num_struck` counts what
     went wrong so far.
@@ -48,6 +49,7 @@ class Faults:
         self._calls: list[_Fault] = []
         self._runs: list[tuple[_Fault, bool]] = []
         self._hangs: list[_Fault] = []
+        self._flips: list[_Fault] = []
         self.armed = False
 
     def in_call(
@@ -70,6 +72,10 @@ class Faults:
         self.armed = True
         self._runs.append((_Fault(kind, nth, times, error), sticky))
 
+    def flip_bit(self, kind: str, nth: int = 1, *, times: float = 1) -> None:
+        self.armed = True
+        self._flips.append(_Fault(kind, nth, times, InjectedError("flipped")))
+
     def never_ends(self, kind: str, nth: int = 1) -> None:
         self.armed = True
         self._hangs.append(_Fault(kind, nth, 1, InjectedError(kind)))
@@ -85,6 +91,7 @@ class Faults:
         self._calls.clear()
         self._runs.clear()
         self._hangs.clear()
+        self._flips.clear()
 
     # -- for the simulation --
 
@@ -106,10 +113,22 @@ class Faults:
             operation.hangs = True
             self.hung.append(operation)
             self.num_struck += 1
+        if operation.flip is not None and any(f.strikes(operation.kind) for f in self._flips):
+            self.num_struck += 1
+            operation.run = _both(operation.run, operation.flip)
         for fault, sticky in self._runs:
             if fault.strikes(operation.kind):
                 self.num_struck += 1
                 operation.run = _failing(fault.error, lose if sticky else None)
+
+
+def _both(run: Callable[[], object] | None, flip: Callable[[], object]) -> Callable[[], None]:
+    def run_and_flip() -> None:
+        if run is not None:
+            run()
+        flip()
+
+    return run_and_flip
 
 
 def _failing(

@@ -99,6 +99,8 @@ class Places:
     def of(self, tensor: torch.Tensor) -> Cells:
         """The bytes of a tensor of any dtype: contiguous, or uint8 rows."""
         memory = self._memory(tensor)
+        if not memory.checked:  # of ids and sums, which the host reads and writes unseen
+            return slice(0, 0)
         if tensor.dtype is not torch.uint8:
             first = memory.cells + tensor.data_ptr() - memory.start
             return slice(first, first + tensor.nbytes)

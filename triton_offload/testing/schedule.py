@@ -60,7 +60,7 @@ class Operation:
     `number` counts operations in the order of submission. `run` moves the bytes; `record` is set
     where it is the record of an event. `reached` is the time at which all that it follows had
     ended; `start` and `end` are set when it runs. `entries`: what it takes of its stream's
-    room.
+    room. `flip`: flips a bit of what it has written, where a fault has it do so.
     """
 
     number: int
@@ -69,6 +69,7 @@ class Operation:
     submitted: float
     detail: object = ""
     run: Callable[[], object] | None = None
+    flip: Callable[[], object] | None = None
     record: Record | None = None
     engine: Engine | None = None
     seconds: float = 0.0

@@ -19,7 +19,7 @@ from triton_offload.testing.controls import Controls
 from triton_offload.testing.races import Cells
 from triton_offload.testing.schedule import Engine, Record, Stream
 from triton_offload.testing.simulation import Simulation
-from triton_offload.testing.work import Launch, Pair, run_kernel
+from triton_offload.testing.work import Launch, Pair, flip_bit, run_kernel
 
 POISON = 0xA5
 
@@ -274,6 +274,7 @@ class SimulatedDevice(Controls):
             reads=[] if self._timing_only else [places.of(src)],
             writes=[] if self._timing_only else [places.of(dst)],
             run=lambda: dst.copy_(source),
+            flip=lambda: flip_bit(dst, self._simulation.rng),
             engine=engine,
             seconds=(self.rates.small_copy if engine else self.rates.launch) + dst.numel() * rate,
         )
@@ -315,7 +316,7 @@ class SimulatedDevice(Controls):
             what = "a batch from or to pageable memory was not done"
             self._simulation.block_until(operation, what, tasks=False)
 
-    def prepare(self, table: PageTable, slots: torch.Tensor) -> None:
+    def prepare(self, table: PageTable, slots: torch.Tensor, *, sums: bool = False) -> None:
         self._simulation.note_call("prepare")
         self._places.know(table, slots)
 
@@ -329,9 +330,10 @@ class SimulatedDevice(Controls):
         stream: Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
         ids = block_ids, slot_ids
-        self._kernel("gather", table, *ids, slots, first_block, stream, zero_copy)
+        self._kernel("gather", table, *ids, slots, first_block, stream, zero_copy, sums)
 
     def scatter(
         self,
@@ -343,9 +345,10 @@ class SimulatedDevice(Controls):
         stream: Stream,
         *,
         zero_copy: bool,
+        sums: torch.Tensor | None = None,
     ) -> None:
         ids = block_ids, slot_ids
-        self._kernel("scatter", table, *ids, slots, first_block, stream, zero_copy)
+        self._kernel("scatter", table, *ids, slots, first_block, stream, zero_copy, sums)
 
     # -- inside --
 
@@ -359,6 +362,7 @@ class SimulatedDevice(Controls):
         first_block: int,
         stream: Stream,
         zero_copy: bool,
+        sums: torch.Tensor | None,
     ) -> None:
         simulation, places = self._simulation, self._places
         simulation.enter(kind)
@@ -371,6 +375,10 @@ class SimulatedDevice(Controls):
         pages = places.pages(table, blocks)
         there = places.chunks(table, slots, chunks, first_block, len(blocks))
         gathers = kind == "gather"
+        reads, writes = ([pages], [there]) if gathers else ([there], [pages])
+        if sums is not None:
+            reads.append(places.of(sums))
+            writes.append(places.of(sums))
         views = places.views(table, slots)
         operation = simulation.operation(kind, stream, Launch(blocks, chunks, slots))
         for ids in (block_ids, slot_ids):
@@ -381,9 +389,9 @@ class SimulatedDevice(Controls):
             simulation.fail(operation, error)
         simulation.queue(
             operation,
-            reads=[pages if gathers else there],
-            writes=[there if gathers else pages],
-            run=lambda: run_kernel(kind, table, block_ids, views, slot_ids, first_block),
+            reads=reads,
+            writes=writes,
+            run=lambda: run_kernel(kind, table, block_ids, views, slot_ids, first_block, sums),
             seconds=seconds,
         )
 

@@ -233,11 +233,12 @@ class Simulation:
         reads: Sequence[Cells] = (),
         writes: Sequence[Cells] = (),
         run: Callable[[], object] | None = None,
+        flip: Callable[[], object] | None = None,
         engine: Engine | None = None,
         seconds: float = 0.0,
     ) -> Operation:
         """Queue work that touches these bytes."""
-        operation.engine, operation.seconds = engine, seconds
+        operation.engine, operation.seconds, operation.flip = engine, seconds, flip
         stream = operation.stream
         self.num_queued[operation.kind, stream.name] += 1
         operation.run = operation.run or (None if self.timing_only else run)

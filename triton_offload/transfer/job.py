@@ -9,8 +9,9 @@ from typing import NamedTuple
 from triton_offload.calibration import Path
 from triton_offload.device.base import Event
 from triton_offload.specs import Direction, TransferResult
+from triton_offload.transfer.checksums import RunSums
 from triton_offload.transfer.layout import GroupRun
-from triton_offload.transfer.segment import Gate, Queued
+from triton_offload.transfer.segment import Gate, Queued, Segment
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,9 @@ class Job:
     that is queued whole, in their order. `queued`: all of it is queued, or it has failed.
     `finished`: nothing of it touches a page or a slot any more, `result` says how it ended, and it
     keeps neither ids nor events.
+
+    Where bytes are added up: `sums`, of its segments that have ended; `before`, the jobs that had
+    its slots before it, and that finish before it.
     """
 
     job_id: int
@@ -38,6 +42,8 @@ class Job:
     after: list[Job]
     submitted: float | None
     queue_seconds: float = 0.0
+    before: tuple[Job, ...] = ()
+    sums: list[RunSums] = field(default_factory=list)
     by_path: dict[Path, int] = field(default_factory=dict)
     run_of_layer: tuple[int, ...] = ()
     landed: list[Event] = field(default_factory=list)
@@ -80,7 +86,8 @@ class Planned(NamedTuple):
 class InFlight:
     """What the lane waits for next: a queued segment, or the end of a job (`ends`).
 
-    `holds_ids`: the oldest ids in the ring are free when it is over.
+    `holds_ids`: the oldest ids in the ring are free when it is over. `summed`: the segment, where
+    the host has its sums then.
     """
 
     job: Job
@@ -89,4 +96,5 @@ class InFlight:
     num_ops: int
     num_bytes: int = 0
     holds_ids: bool = False
+    summed: Segment | None = None
     ends: bool = False

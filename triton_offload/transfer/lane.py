@@ -9,8 +9,9 @@ from contextlib import suppress
 from triton_offload.calibration import Path, PathTable
 from triton_offload.closing import Closing
 from triton_offload.device.base import Device, Event, Stream
-from triton_offload.errors import DeviceLostError
+from triton_offload.errors import ChecksumError, DeviceLostError
 from triton_offload.specs import Direction, TransferResult, TransferStatus
+from triton_offload.transfer.checksums import Checksums
 from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.endings import Endings
 from triton_offload.transfer.job import InFlight, Job, Planned
@@ -19,6 +20,7 @@ from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import GroupRun
 from triton_offload.transfer.segment import Gate, Segment
 from triton_offload.transfer.staging import IndexRing
+from triton_offload.transfer.sum_memory import SumMemory
 
 # Submitting to a CUDA stream blocks at about 1,000 queued operations (ordering rule 7), each range
 # of a batch taken for one; a segment, of `MOST_COPIES` and some more, is admitted uncounted.
@@ -33,7 +35,8 @@ LAYERS_AHEAD_BYTES = 64 << 20
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
 
-    `contents`: what the pool's slots hold, for stores; loads change nothing there.
+    `contents`: what the pool's slots hold, for stores; loads change nothing there. `checksums`:
+    what the lane's bytes are added up for; None: they are not.
     """
 
     def __init__(
@@ -48,20 +51,25 @@ class Lane:
         max_indices: int,
         window_bytes: int | None,
         contents: SlotContents | None,
+        checksums: Checksums | None = None,
     ) -> None:
         self.name = name
         self.direction = direction
         self.streams = streams
         self.finished: list[Job] = []  # to be reported
         self._device = device
-        self.paths = LanePaths(name, streams, table)
+        self.paths = LanePaths(name, streams, table, sums=checksums is not None)
         self._endings = Endings(device, streams)
         self._window_bytes = window_bytes
         self._contents = contents
+        self._checksums = checksums
         # A segment takes at most a quarter, and holds at least one chunk.
         ids_of_chunk = blocks_per_chunk + 1
         self._indices = IndexRing(device, max(max_indices, 4 * ids_of_chunk))
         self._max_chunks = self._indices.capacity // 4 // ids_of_chunk
+        self._sums: SumMemory | None = None
+        if checksums is not None:
+            self._sums = SumMemory(device, self._indices.capacity)
         self._backlog: deque[Job] = deque()
         self._in_flight: deque[InFlight] = deque()
         self._num_ops = 0
@@ -113,6 +121,8 @@ class Lane:
             after,
             self._now(),
         )
+        if self._checksums is not None:
+            job.before = tuple(after)
         self._backlog.append(job)
         return job
 
@@ -204,7 +214,10 @@ class Lane:
         marks = self._contents.store(run) if self._contents is not None else SlotMarks()
         ids = self._indices.take(run.block_ids, run.rows)
         assert ids is not None
-        segment = Segment(run, ids[0], ids[1], marks)
+        sums = None
+        if self._sums is not None and self.paths.adds_up(path):
+            sums = self._sums.of(self._indices.begin_of_newest, len(run.block_ids))
+        segment = Segment(run, ids[0], ids[1], marks, sums)
         error = self._try(job, segment, path)
         if error is not None and self.lost is None:
             stands_in = self.paths.give_up(path, error)
@@ -259,7 +272,10 @@ class Lane:
             return error
         job.last = queued
         job.by_path[path] = job.by_path.get(path, 0) + segment.run.num_bytes
-        self._fly(InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes))
+        work = InFlight(job, queued.events, queued.done, queued.num_ops, segment.run.num_bytes)
+        if segment.sums is not None and self.paths.adds_up(path):
+            work.summed = segment
+        self._fly(work)
         return None
 
     def _end(self, job: Job) -> None:
@@ -335,9 +351,13 @@ class Lane:
             for event in work.events:
                 if event is not work.done:  # asked above
                     self._endings.is_over(event, work.job)
+            if work.ends and not all(job.finished for job in work.job.before):
+                return  # their sums are not kept, or not compared yet; `pump` sees to that
             self._in_flight.popleft()
             self._num_ops -= work.num_ops
             self._num_bytes -= work.num_bytes
+            if work.summed is not None and work.summed.sums is not None:
+                work.job.sums.append((work.summed.run, work.summed.sums.host.copy()))
             if work.holds_ids:
                 self._indices.free()
             if work.ends:
@@ -346,6 +366,8 @@ class Lane:
     def _finish(self, job: Job) -> None:
         """Ordering rule 9: its last event was reached, or the device is lost."""
         job.finished = True
+        if self._checksums is not None and not job.cancelled:
+            self._prove(job, self._checksums)
         if job.cancelled:
             job.result = TransferResult(job.job_id, TransferStatus.CANCELLED)
         elif job.error is not None:
@@ -368,7 +390,17 @@ class Lane:
         # Who keeps the job keeps its result, and no memory that was moved.
         job.runs, job.start, job.end, job.last = [], None, None, None
         job.landed.clear()
+        job.before, job.sums = (), []
         self.finished.append(job)
+
+    def _prove(self, job: Job, checksums: Checksums) -> None:
+        """Keep a store's sums; a load that does not bring what was stored has failed."""
+        if self.direction is Direction.STORE:
+            checksums.store(job.runs, job.sums if job.error is None else ())
+        elif job.error is None:
+            wrong = checksums.wrong_slots(job.sums)
+            if wrong:
+                job.error = ChecksumError(wrong)
 
     def _check(self) -> None:
         """Asserts that every job is in one place, in order, and that all is counted."""

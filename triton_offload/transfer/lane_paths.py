@@ -17,7 +17,10 @@ _log = logging.getLogger(__name__)
 class LanePaths:
     """The paths of one lane. What could not be queued once is not tried again: see `give_up`."""
 
-    def __init__(self, lane: str, streams: LaneStreams, table: PathTable) -> None:
+    def __init__(
+        self, lane: str, streams: LaneStreams, table: PathTable, *, sums: bool = False
+    ) -> None:
+        self._sums = sums
         self._lane = lane
         self._streams = streams
         self._table = table
@@ -43,6 +46,9 @@ class LanePaths:
         unbatched = CROSSINGS[path].where_unbatched
         if unbatched is not None and not self._streams.takes_batches:
             path = unbatched
+        summed = CROSSINGS[path].where_summed
+        if summed is not None and self._sums:
+            path = summed
         for _ in self._broken:  # enough steps to find one that is not broken: `give_up` keeps one
             if path in self._broken:
                 path = CROSSINGS[path].stands_in
@@ -71,6 +77,10 @@ class LanePaths:
     def queue(self, path: Path, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         """See `Crossing.queue`."""
         return CROSSINGS[path].queue(self._streams, segment, pages, slots)
+
+    def adds_up(self, path: Path) -> bool:
+        """Whether a segment that crosses by it is added up on its way."""
+        return self._sums and CROSSINGS[path].where_summed is None
 
     def first_stream(self, path: Path) -> Stream:
         """The one that the first operation of a segment is queued on."""

@@ -48,6 +48,7 @@ class LaneStreams:
         *,
         num_buffers: int,
         buffer_bytes: int,
+        sums: bool = False,
     ) -> None:
         self.device = device
         self.pool = pool
@@ -58,6 +59,7 @@ class LaneStreams:
         self._places = device.empty_indices(MOST_COPIES)  # no staged segment has more chunks
         self._places.numpy()[:] = np.arange(len(self._places))
         self._places_of = len(self._places), self._places
+        self._summed = {"sums": True} if sums else {}
         self.prepare(layout.groups)
         with ExitStack() as undo:
             # A scatter waits behind prefill kernels otherwise: 1.6 ms each in the field.
@@ -90,8 +92,9 @@ class LaneStreams:
     def prepare(self, groups: Iterable[GroupLayout]) -> None:
         """Do ahead of the first transfer what blocks the host."""
         for group in groups:
-            self.device.prepare(group.packed, self._ring.take().slots(group.packed))
-            self.device.prepare(group.table, self.pool.slots_of(group.size))
+            staging = self._ring.take().slots(group.packed)
+            self.device.prepare(group.packed, staging, **self._summed)
+            self.device.prepare(group.table, self.pool.slots_of(group.size), **self._summed)
 
     def settle(self) -> tuple[Event, ...]:
         """Let each stream follow all that is queued on the other so far.
@@ -177,6 +180,18 @@ class LaneStreams:
         for part, zeros in pairs:
             self.device.copy(part, zeros, stream)
         return len(pairs)
+
+    def clear_sums(self, segment: Segment, stream: Stream) -> None:
+        """Where the segment is added up, begin with zeros."""
+        if segment.sums is not None:
+            self.device.fill_zero(segment.sums.device_bytes, stream)
+
+    def fetch_sums(self, segment: Segment, stream: Stream) -> int:
+        """Where it was, copy the sums to the host; how many operations all that takes."""
+        if segment.sums is None:
+            return 0
+        self.device.copy(segment.sums.host_bytes, segment.sums.device_bytes, stream)
+        return 3
 
     def end(self, stream: Stream, num_ops: int) -> Queued:
         """Of a segment that was queued on one stream alone."""

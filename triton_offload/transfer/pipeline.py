@@ -32,6 +32,7 @@ from triton_offload.device.base import WHERE, Event, Stream
 from triton_offload.device.deferred import Deferred
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
+from triton_offload.transfer.checksums import Checksums
 from triton_offload.transfer.contents import SlotContents
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane import Lane
@@ -94,6 +95,11 @@ class Pipeline:
             options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
         )
         contents = SlotContents(layout, pool.slabs, other_writers=pool.has_other_writers)
+        #: None: nobody asked for sums
+        self.checksums: Checksums | None = None
+        proved = {"off": (), "store": (Direction.STORE,), "load": tuple(Direction)}[options.verify]
+        if proved:
+            self.checksums = Checksums(layout, pool.slabs)
         self._last_jobs = LastJobs(LANES, pool.slabs)
         self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in LANES}
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
@@ -112,6 +118,7 @@ class Pipeline:
                     f"triton-offload-{name}",
                     num_buffers=options.num_buffers,
                     buffer_bytes=buffer_bytes,
+                    sums=direction in proved,
                 )
                 undo.callback(streams.close)
                 dropped.callback(streams.close)
@@ -125,6 +132,7 @@ class Pipeline:
                     max_indices=options.max_indices,
                     window_bytes=options.window_bytes,
                     contents=contents if direction is Direction.STORE else None,
+                    checksums=self.checksums if direction in proved else None,
                 )
             self._feeder = self._device.background(
                 "triton-offload-feeder", self._feed, dropped.close

@@ -23,6 +23,7 @@ from triton_offload.specs import (
     LoadStoreSpec,
     TransferResult,
 )
+from triton_offload.transfer.checksums import Checksums
 from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.function_worker import (
     FunctionWorker,
@@ -32,6 +33,7 @@ from triton_offload.transfer.function_worker import (
 )
 from triton_offload.transfer.layers import Layers
 from triton_offload.transfer.layout import CacheLayout
+from triton_offload.transfer.options import Verify, check_verify
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.slot_order import SlotOrder
 from triton_offload.transfer.worker import OffloadingWorker, deadline_after, seconds_until
@@ -56,6 +58,8 @@ class OffloadingQueueManager:
         self._ended: list[TransferResult] = []  # got from a worker, not handed on yet
         self._order = SlotOrder()
         self._closed = False
+        #: what the chunks of the device's pool add up to; None: nobody asked for that
+        self.checksums: Checksums | None = None
 
     def register_worker(
         self,
@@ -295,12 +299,14 @@ def transfer_queue(
     path: PathChoice = "auto",
     options: PipelineOptions | None = None,
     calibration: Calibration | None = None,
+    verify: Verify = "off",
 ) -> OffloadingQueueManager:
     """A queue manager that stores from and loads into `layout`, with `pool` on the host side.
 
     `path`: "staged", "zero_copy", "copy_engine", or "auto" for the rule. `zero_copy` needs a
     pinned pool; until that is so, segments are staged. `calibration`: the rule, and the size of
-    staging buffers, where `options` does not give them; None: published figures.
+    staging buffers, where `options` does not give them; None: published figures. `verify`: as in
+    `PipelineOptions`; "off" leaves that to `options`.
     """
     names = [choice.value for choice in Path]
     if path != "auto" and path not in names:
@@ -315,6 +321,9 @@ def transfer_queue(
         raise ValueError("path: expected it in `options` where they are given")
     if calibration is not None and options.paths is None:
         options = replace(options, paths=calibration.paths)
+    check_verify(verify)
+    if verify != "off":
+        options = replace(options, verify=verify)
     pipeline = Pipeline(layout, pool, options)
     if not pool.device.batches_copies:
         _log.warning(
@@ -323,6 +332,7 @@ def transfer_queue(
             pool.device.name,
         )
     manager = OffloadingQueueManager()
+    manager.checksums = pipeline.checksums
     store, load = DeviceWorker(pipeline, Direction.STORE), DeviceWorker(pipeline, Direction.LOAD)
     manager.register_worker(GPULoadStoreSpec, CPULoadStoreSpec, store)
     manager.register_worker(CPULoadStoreSpec, GPULoadStoreSpec, load)

@@ -6,22 +6,32 @@ Tuples, for a job makes several, and a frozen dataclass takes 2.5 times as long.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from triton_offload.device.base import Device, Event, Stream
 from triton_offload.transfer.contents import SlotMarks
 from triton_offload.transfer.layout import GroupRun
+from triton_offload.transfer.sum_memory import SegmentSums
 
 
 class Segment(NamedTuple):
-    """The part of a job that is queued at once, its ids where kernels read them."""
+    """The part of a job that is queued at once, its ids where kernels read them.
+
+    `sums`: where its blocks are added up as they pass; None: nobody asked for that.
+    """
 
     run: GroupRun
     block_ids: torch.Tensor
     rows: torch.Tensor
     marks: SlotMarks
+    sums: SegmentSums | None = None
+
+    @property
+    def summed(self) -> dict[str, Any]:
+        """What `Device.gather` and `Device.scatter` are told of that."""
+        return {} if self.sums is None else {"sums": self.sums.on_device}
 
 
 class Queued(NamedTuple):

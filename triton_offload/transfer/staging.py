@@ -111,6 +111,11 @@ class IndexRing:
         self._head = place
         return tensors
 
+    @property
+    def begin_of_newest(self) -> int:
+        """Where what was taken last begins."""
+        return self._taken[-1][0]
+
     def free(self) -> None:
         """Give back the oldest that was taken."""
         self._taken.popleft()

@@ -46,6 +46,7 @@ _COUNTERS = {
         _WAY,
     ),
     "queue_waits": ("Jobs whose wait is counted in queue_wait_seconds.", _WAY),
+    "wrong_chunks": ("Chunks whose bytes were not those that were stored.", _WAY),
     "lost_chunks": (
         "Chunks that left the pool because a store or a load of them failed.",
         _WAY,
@@ -140,6 +141,7 @@ def _of_direction(way: str, stats: DirectionStats) -> Iterator[_Sample]:
     yield "transfer_seconds", (way,), stats.seconds
     yield "queue_wait_seconds", (way,), stats.queue_seconds
     yield "queue_waits", (way,), stats.queue_waits
+    yield "wrong_chunks", (way,), stats.wrong_chunks
     for path in Path:
         crossed = stats.paths.get(path.value, PathStats())
         yield "bytes", (way, path.value), crossed.num_bytes

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from triton_offload.calibration import Path
 from triton_offload.kernels.arguments import shown
 from triton_offload.sizes import parse_bytes
+from triton_offload.transfer.options import Verify
 
-_OURS = {"path", "calibration", "staging_bytes", "load_by_layers"}
+_OURS = {"path", "calibration", "staging_bytes", "load_by_layers", "verify"}
 # What vLLM's connector and CPUOffloadingSpec read; 0.32 and 0.33 alike, but for the last line.
 _VLLMS = {
     *("spec_name", "spec_module_path", "cpu_bytes_to_use", "block_size", "blocks_per_chunk"),
@@ -41,6 +42,9 @@ def read_options(
         known |= _SINCE_0_33 | (_TIERING_SINCE_0_33 if tiering else set())
     check_keys("kv_connector_extra_config", options, known, f" (vLLM {version})")
     check_choice(options, "path", ["auto", *(path.value for path in Path)])
+    check_choice(options, "verify", get_args(Verify))
+    if options.get("verify", "off") != "off":
+        _check_beside_verify(options, tiering)
     if not options.get("cache_policy_module_path"):  # else it is a class of the user's
         check_choice(options, "eviction_policy", policies)
     for name in _FLAGS:
@@ -57,6 +61,16 @@ def read_options(
     if options.get("staging_bytes") == 0:
         raise ValueError("staging_bytes: expected at least 1, got 0")
     return options
+
+
+def _check_beside_verify(options: Mapping[str, Any], tiering: bool) -> None:
+    if options.get("path") == Path.COPY_ENGINE.value:
+        raise ValueError(f"path: expected another beside verify, got {options['path']!r}")
+    if tiering:
+        raise ValueError(
+            'verify: expected "off" beside tiers, which bring chunks that nobody has added up, '
+            f"got {options['verify']!r}"
+        )
 
 
 def check_keys(name: str, given: Iterable[Any], known: Collection[str], note: str = "") -> None:

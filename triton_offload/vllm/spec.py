@@ -137,12 +137,13 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         calibration = calibration_for(layout.device, self.extra_config.get("calibration", "auto"))
         device = device_for(layout.device, calibration)
         pool = self._create_pool(device, layout, resources)
+        verify = self.extra_config.get("verify", "off")
         if staging is None:
-            queue = transfer_queue(layout, pool, path, None, calibration)
+            queue = transfer_queue(layout, pool, path, None, calibration, verify)
         else:
             chosen = None if path == "auto" else path
             options = PipelineOptions(path=chosen, buffer_bytes=staging)
-            queue = transfer_queue(layout, pool, "auto", options, calibration)
+            queue = transfer_queue(layout, pool, "auto", options, calibration, verify)
         resources.callback(queue.shutdown)
         return TritonOffloadingWorker(queue, pool, layout, resources)
 

@@ -34,6 +34,8 @@ class Crossing(ABC):
     where_unmapped: ClassVar[Path | None] = None
     #: the same while the device takes no batches of copies
     where_unbatched: ClassVar[Path | None] = None
+    #: the same where pages are added up as they pass; None: its kernels do that
+    where_summed: ClassVar[Path | None] = None
     #: launches of its kernels to be tried when a machine is measured, cheapest first (less memory,
     #: or fewer CTAs that the model would miss); None among them: the kernels' own. The best goes
     #: into the field of `Calibration` that has the path's name

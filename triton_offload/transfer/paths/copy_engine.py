@@ -14,6 +14,7 @@ class CopyEngine(Crossing):
     store_roles = load_roles = (Role.COPIES,)
     stands_in = Path.STAGED
     where_unbatched = Path.STAGED
+    where_summed = Path.STAGED  # no kernel sees the bytes, and to read them again costs a pass
 
     def max_chunks(self, streams: LaneStreams, run: GroupRun) -> int:
         pages_of_chunk = run.group.table.blocks_per_chunk * len(run.group.table.pages)

@@ -43,6 +43,7 @@ class Staged(Crossing):
         for chunk in segment.marks.unfilled:
             device.fill_zero(staging[chunk], kernels)
         pages.hold(kernels)  # ordering rule 1
+        streams.clear_sums(segment, kernels)
         device.gather(
             packed,
             segment.block_ids,
@@ -51,6 +52,7 @@ class Staged(Crossing):
             run.first,
             kernels,
             zero_copy=False,
+            **segment.summed,
         )
         gathered = streams.record(kernels)
         device.wait(copies, gathered)
@@ -64,6 +66,7 @@ class Staged(Crossing):
                 device.copy(there, positions(staging[chunk], ours, begin, end), copies)
                 ops += 1
         ops += streams.copy_chunks(run, staging, segment.marks.kept)
+        ops += streams.fetch_sums(segment, copies)  # not between gathers: it queues behind copies
         done = streams.record(copies, timed=True)
         buffer.free_after = done
         return Queued(gathered, done, (gathered, done), ops)
@@ -79,6 +82,7 @@ class Staged(Crossing):
         copied = streams.record(copies)
         device.wait(kernels, copied)
         pages.hold(kernels)  # ordering rule 2
+        streams.clear_sums(segment, kernels)
         device.scatter(
             packed,
             segment.block_ids,
@@ -87,7 +91,13 @@ class Staged(Crossing):
             run.first,
             kernels,
             zero_copy=False,
+            **segment.summed,
         )
+        if segment.sums is None:
+            done = streams.record(kernels, timed=True)
+            buffer.free_after = done
+            return Queued(done, done, (copied, done), ops)
+        buffer.free_after = scattered = streams.record(kernels)
+        ops += streams.fetch_sums(segment, kernels)
         done = streams.record(kernels, timed=True)
-        buffer.free_after = done
-        return Queued(done, done, (copied, done), ops)
+        return Queued(scattered, done, (copied, scattered, done), ops)

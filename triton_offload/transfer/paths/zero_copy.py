@@ -34,15 +34,20 @@ class ZeroCopy(Crossing):
         slots.hold(kernels)  # ordering rule 6
         ops = 2 + streams.clear(segment, kernels, marks.stale + marks.unfilled)
         pages.hold(kernels)  # ordering rule 1
-        streams.device.gather(*_mapped(streams, segment), kernels, zero_copy=True)
+        streams.clear_sums(segment, kernels)
+        operands = _mapped(streams, segment)
+        streams.device.gather(*operands, kernels, zero_copy=True, **segment.summed)
+        ops += streams.fetch_sums(segment, kernels)
         return streams.end(kernels, ops)
 
     def load(self, streams: LaneStreams, segment: Segment, pages: Gate, slots: Gate) -> Queued:
         kernels = streams.kernels
         slots.hold(kernels)  # ordering rule 6
         pages.hold(kernels)  # ordering rule 2
-        streams.device.scatter(*_mapped(streams, segment), kernels, zero_copy=True)
-        return streams.end(kernels, 2)
+        streams.clear_sums(segment, kernels)
+        operands = _mapped(streams, segment)
+        streams.device.scatter(*operands, kernels, zero_copy=True, **segment.summed)
+        return streams.end(kernels, 2 + streams.fetch_sums(segment, kernels))
 
 
 def _mapped(
