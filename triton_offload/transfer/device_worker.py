@@ -124,10 +124,11 @@ class DeviceWorker(OffloadingWorker):
         ids = list(job_ids)
         with self._lock:
             jobs = [self._jobs[job_id] for job_id in ids if job_id in self._jobs]
-        for job in jobs:
-            if layer is not None and not 0 <= layer < len(job.run_of_layer):
-                raise ValueError(
-                    f"layer: expected one of {len(job.run_of_layer)} of job {job.job_id}, "
-                    f"got {layer}"
-                )
+        if layer is not None:
+            for job in jobs:
+                count = len(job.run_of_layer)
+                if not 0 <= layer < count:
+                    raise ValueError(
+                        f"layer: expected one of {count} of job {job.job_id}, got {layer}"
+                    )
         return jobs

@@ -164,7 +164,9 @@ class Lane:
             if job.held is None:
                 # A job of no blocks is an event to record, and room for that is bounded too.
                 return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
-            if not self._has_room(job.held.run) or self._is_far_ahead(job):
+            if job.run_of_layer and self._is_far_ahead(job):
+                return False
+            if not self._has_room(job.held.run):
                 return False
             if not self._queue_segment(job, job.held):
                 return False
@@ -197,7 +199,7 @@ class Lane:
 
     def _is_far_ahead(self, job: Job) -> bool:
         """Whether so much is queued that a load by layers is to leave the caller to its layers."""
-        return bool(job.run_of_layer) and self._num_bytes >= LAYERS_AHEAD_BYTES
+        return self._num_bytes >= LAYERS_AHEAD_BYTES
 
     def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.
