@@ -171,7 +171,7 @@ def test_several_offloaders_have_a_name_each_and_one_family_for_all():
         assert found["jobs_total", "store", "one", "success"] == 0
         assert found["jobs_total", "store", "two", "success"] == 1
         kinds = [line for line in text.splitlines() if line.startswith("# TYPE")]
-        assert len(kinds) == len(set(kinds)) == 20
+        assert len(kinds) == len(set(kinds)) == 22
 
 
 def test_what_is_closed_keeps_its_counts_and_has_no_pool():

@@ -50,7 +50,7 @@ def a_reset_frees_slots_under_transfer():
     def make(reset):
         def reset_all(self):
             reset(self)
-            self._slots.reset()
+            self._room._free.reset()
 
         return reset_all
 

@@ -65,11 +65,12 @@ class EngineMemory:
             pinned=pinned,
             sizes=self.layout.slot_sizes if packed else (),
         )
-        self._pool_bytes = rows.numpy().ravel()
+        self._rows = rows.numpy()
         self._memory = memory.numpy()
         #: the bytes of the cache, and of the pool, when all that is queued has run
         self.cache = self._memory.copy()
-        self.slots = self._pool_bytes.copy()
+        self.slots = self._rows.copy()
+        self._bytes = self.slots.reshape(-1)  # the same memory
         # By slot: where it begins in the pool, and its slab.
         self._begins = np.empty(self.pool.slabs.num_slots, dtype=np.int64)
         self._slabs = np.empty_like(self._begins)
@@ -154,15 +155,15 @@ class EngineMemory:
     def model_store(
         self, group: int, blocks: Ids, slot_ids: Ids, first: int, fresh: npt.NDArray[np.bool_]
     ) -> None:
-        self.slots[self._cells(group, slot_ids[fresh])] = 0
+        self._bytes[self._cells(group, slot_ids[fresh])] = 0
         chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
         places = self._begins[slot_ids[chunk]][:, None] + self._within[group][position]
-        self.slots[places] = self.cache[self._pages[group][blocks]]
+        self._bytes[places] = self.cache[self._pages[group][blocks]]
 
     def model_load(self, group: int, blocks: Ids, slot_ids: Ids, first: int) -> None:
         chunk, position = np.divmod(first + np.arange(len(blocks)), self.shape.blocks_per_chunk)
         places = self._begins[slot_ids[chunk]][:, None] + self._within[group][position]
-        self.cache[self._pages[group][blocks]] = self.slots[places]
+        self.cache[self._pages[group][blocks]] = self._bytes[places]
 
     def snapshot(self, group: int, blocks: Ids) -> Bytes:
         """The model's bytes of these blocks, for `restore` where a load was taken back."""
@@ -173,10 +174,10 @@ class EngineMemory:
 
     def snapshot_slots(self, group: int, slot_ids: Ids) -> Bytes:
         """The model's bytes of these slots, for `restore_slots` where a store was taken back."""
-        return self.slots[self._cells(group, slot_ids)]
+        return self._bytes[self._cells(group, slot_ids)]
 
     def restore_slots(self, group: int, slot_ids: Ids, saved: Bytes) -> None:
-        self.slots[self._cells(group, slot_ids)] = saved
+        self._bytes[self._cells(group, slot_ids)] = saved
 
     # -- slots --
 
@@ -203,7 +204,7 @@ class EngineMemory:
         self.check_reads()
         for name, found, expected in (
             ("cache", self._memory, self.cache),
-            ("pool", self._pool_bytes, self.slots),
+            ("pool", self._rows.ravel(), self.slots.ravel()),
         ):
             bad = np.flatnonzero(found != expected)
             assert not len(bad), f"{name}: {len(bad)} wrong bytes, the first at {bad[0]}"
@@ -211,11 +212,9 @@ class EngineMemory:
     def host_reads(self, slot_ids: Sequence[int]) -> None:
         """The host looks at slots, and all that is in their slabs, which must hold what the model
         says."""
-        row_bytes = len(self.slots) // self.shape.num_slots
         for slab in sorted(self.slabs_of(slot_ids)):
             self.device.touch(reads=[self.pool.slots[slab]])
-            row = slice(slab * row_bytes, (slab + 1) * row_bytes)
-            assert np.array_equal(self._pool_bytes[row], self.slots[row]), f"{slab}: wrong bytes"
+            assert np.array_equal(self._rows[slab], self.slots[slab]), f"{slab}: wrong bytes"
 
     def _launch(
         self,
