@@ -93,7 +93,7 @@ def test_kernels_run_on_the_stream_that_was_named_in_the_shape_of_their_path(
     getattr(device, kind)(*arguments, stream, zero_copy=zero_copy)
     way = Direction.STORE if kind == "gather" else Direction.LOAD
     wanted = launch_config(device_shape(way, zero_copy), zero_copy=zero_copy)
-    assert made == [(kind, stream, (*arguments, wanted))]
+    assert made == [(kind, stream, (*arguments, wanted, None))]
 
 
 def device_shape(way, zero_copy):
@@ -103,7 +103,7 @@ def device_shape(way, zero_copy):
 
 def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkeypatch):
     made = []
-    monkeypatch.setattr(pages, "prepare", lambda *args: made.append(args))
+    monkeypatch.setattr(pages, "prepare", lambda *args, sums: made.append(args))
     table = PageTable([torch.zeros(4, 16, dtype=torch.uint8)], 1)
     device.prepare(table, torch.zeros(2, table.slot_bytes, dtype=torch.uint8))
     device.prepare(table, device.empty(2 * table.slot_bytes).view(2, -1))
@@ -115,6 +115,15 @@ def test_kernels_are_prepared_in_the_shape_of_where_the_slots_lie(device, monkey
     count = len(wanted[0])
     assert [set(configs[:count]), set(configs[count:])] == wanted
     assert len(configs) == count + len(wanted[1])
+
+
+def test_kernels_that_add_up_have_no_ring_and_no_more_in_flight_than_registers_hold(device):
+    device._configs[Direction.LOAD, True] = pages.ring_config(2)
+    for way in Direction:
+        for zero_copy in (False, True):
+            config = device._config(way, zero_copy=zero_copy, sums=True)
+            assert config.stages == 1
+            assert config.tile_bytes <= 64 << 10
 
 
 def test_a_launch_is_late_on_the_stream_with_its_arguments(card, device, stream):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from triton_offload import KVOffloader
+from triton_offload import ChecksumError, KVOffloader
 from triton_offload.calibration import Path
 from triton_offload.device import device_for
 from triton_offload.kernels import pages, reference
@@ -70,6 +70,25 @@ def test_random_chunks_come_back_as_they_were(path):
             for tensor, old in zip(tensors, before, strict=True):
                 old[blocks[count:]] = old[blocks[:count]]
                 assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("path", ["staged", "zero_copy"])
+def test_what_is_loaded_must_add_up_to_what_was_stored(path):
+    tensors = caches(24, 577, 4096)
+    before = [tensor.clone() for tensor in tensors]
+    keys = [b"%d" % i for i in range(8)]
+    with KVOffloader(tensors, "8MiB", 3, path=path, verify="load") as offloader:
+        offloader._pool.wait_ready(60)
+        offloader.store(keys, range(2, 24), first_block=2).wait(60)
+        offloader.load(keys, range(30, 52), first_block=2).wait(60)
+        for tensor, old in zip(tensors, before, strict=True):
+            assert torch.equal(tensor[30:52], old[2:24])
+        slot = int(offloader._pool.slots.any(1).nonzero()[0])
+        offloader._pool.slots[slot, -1] ^= 0x10
+        job = offloader.load(keys, range(30, 52), first_block=2)
+        job.block(60)
+        assert isinstance(job.result.error, ChecksumError)
+        assert job.result.error.slot_ids == (slot,)
 
 
 @pytest.mark.parametrize("path", Path)

@@ -220,7 +220,7 @@ def test_strips_cover_every_page_once(
 ) -> None:
     table = table_of(*page_bytes, num_blocks=2)
     plan = cut_into_strips(table, slots_alignment, KernelConfig(warps, tile_bytes, 1))
-    assert [spec.word_bytes for spec, _ in plan] == sorted(
+    assert [spec.word_bytes for spec, *_ in plan] == sorted(
         {min(row.alignment, slots_alignment) for row in table.pages}, reverse=True
     )
     covered: list[tuple[int, int, int]] = []
@@ -547,7 +547,7 @@ def test_a_kernel_is_compiled_loaded_and_launched_on_its_device(driver: Driver, 
     arguments = tuple(range(len(compiling.ARGUMENT_TYPES)))
     compiling.launch(kernel, spec, device, 5, arguments)
     assert driver.compiled == [(kernel, spec, f"target of cuda:{index}", index)]
-    constants = (16, *list(spec.constants().values())[1:])
+    constants = (None, 16, *list(spec.constants().values())[2:])
     assert driver.log == [
         f"loaded on {index}",
         ((5, 1, 1), (*arguments, *constants), f"stream of {index}", index),
