@@ -1,6 +1,6 @@
 """Hit rate and bytes of a pool that two groups of a hybrid model share, on a trace of requests.
 
-    python bench/run.py hybrid
+    python -m pytest bench/test_hybrid.py -s
 
 Needs the trace that tests/test_trace_hit_rates.py describes. The model has 10 layers of full
 attention and 30 of a sliding window; a chunk is 160 KiB of the ones and 1920 KiB of the others. Its
