@@ -1,6 +1,6 @@
 """Hit rate and bytes of a pool that two groups of a hybrid model share, on a trace of requests.
 
-    python bench/run.py hybrid
+    python -m pytest bench/test_hybrid.py -s
 
 Needs the trace that tests/test_trace_hit_rates.py describes. The model has 10 layers of full
 attention and 30 of a sliding window; a chunk is 160 KiB of the ones and 1920 KiB of the others. Its
@@ -17,24 +17,41 @@ Nothing here is timed.
 
 from __future__ import annotations
 
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-import test_manager
 from timing import note
 
 from triton_offload.scheduler.manager import CPUOffloadingManager
 from triton_offload.slabs import Slabs
 
-requests = test_manager.requests  # the fixture
 KIB, GIB = 1 << 10, 1 << 30
 FULL, WINDOWED = 0, 1
 SLOT_BYTES = (160 * KIB, 1920 * KIB)
 WINDOW = 2  # chunks
 POLICY = "lru"
+
+
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "traces"
+TRACE = (
+    Path(os.environ.get("TRITON_OFFLOAD_TRACES") or DEFAULT_FOLDER) / "mooncake_conversation.jsonl"
+)
+
+Request = list[int]
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    if not TRACE.is_file():
+        pytest.skip(f"no trace at {TRACE}")
+    with TRACE.open() as lines:
+        return [json.loads(line)["hash_ids"] for line in lines]
 
 
 class Pool(Protocol):
@@ -124,7 +141,7 @@ def key_of(number: int, group: int) -> bytes:
     return number.to_bytes(32, "little") + group.to_bytes(4, "big")
 
 
-def replay(pool: Pool, requests: list[test_manager.Request], num_bytes: int) -> Found:
+def replay(pool: Pool, requests: list[Request], num_bytes: int) -> Found:
     hits = asked = 0
     used: list[int] = []
     first = 0
@@ -151,7 +168,7 @@ def replay(pool: Pool, requests: list[test_manager.Request], num_bytes: int) -> 
 @pytest.mark.parametrize("gib", [4, 16, 64])
 def test_hits_and_bytes_of_a_hybrid_model(
     benchmark: Any,
-    requests: list[test_manager.Request],
+    requests: list[Request],
     gib: int,
 ) -> None:
     num_bytes = gib * GIB

@@ -38,6 +38,8 @@ SLOW_FILES = {
     "test_packaging.py",
     "test_performance.py",
     "test_schedules.py",
+    "test_shared_room.py",
+    "test_slot_sizes.py",
     "test_soak.py",
     "test_stress.py",
     "test_trace_hit_rates.py",

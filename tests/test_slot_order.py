@@ -182,8 +182,10 @@ def test_a_load_is_refused_where_a_writer_waits_behind_readers(world):
     succeed(world, read, wrote)
 
 
-def test_slots_that_the_pool_has_not_are_no_reason_to_wait(world):
+def test_slots_that_the_pool_has_not_are_no_reason_to_wait(world, device):
     Tier(world)
+    device.gate.clear()
+    under_way = store(world, [1], [3])
     assert world.pool.num_slots == 16
     seen = []
 
@@ -194,7 +196,10 @@ def test_slots_that_the_pool_has_not_are_no_reason_to_wait(world):
         """Slots of another pool."""
 
     world.queue.register_worker(Elsewhere, Disk, look)
-    succeed(world, world.queue.transfer_async(Elsewhere([-1, 0, 15, 16, 10**12]), Disk()))
+    job = world.queue.transfer_async(Elsewhere([-1, 0, 15, 16, 10**12]), Disk())
+    world.queue.wait([job], 60)
+    device.gate.set()
+    succeed(world, under_way, job)
     assert seen == [[-1, 0, 15, 16, 10**12]]
 
 
