@@ -399,6 +399,25 @@ def test_where_kernels_fail_copies_stand_in_and_are_not_proved():
         assert offloader.stats().broken_paths == ("staged",)
 
 
+def test_what_no_kernel_saw_has_no_sum_and_is_not_compared():
+    """A slot is stored by a kernel, and then by a copy that stands in for one that failed."""
+    device = GatedDevice()
+    options = PipelineOptions(path=Path.STAGED, verify="load")
+    world = World.build(random_caches(64), options=options, device=device)
+    slot = CPULoadStoreSpec([3])
+    for block in (1, 2):
+        job = world.queue.transfer_async(GPULoadStoreSpec([block]), slot)
+        world.queue.wait([job])
+        device.fail_submission = {"gather"}
+    job = world.queue.transfer_async(slot, GPULoadStoreSpec([9]))
+    world.queue.wait([job])
+    results = world.queue.get_finished()
+    assert [result.success for result in results] == [True] * 3
+    assert torch.equal(world.tensors[0][9], world.tensors[0][2])
+    world.queue.shutdown()
+    world.pool.close()
+
+
 def test_a_path_by_rule_that_no_kernel_takes_part_in_is_not_taken():
     caches = random_caches(64)
     options = PipelineOptions(paths=PathTable(Path.COPY_ENGINE), verify="load")

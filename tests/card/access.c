@@ -58,7 +58,7 @@ static void store(machine *m, warp *w, uint32_t lanes, const lane_values address
 /* Lane after lane: several may name one address. */
 static void add_to(machine *m, warp *w, uint32_t lanes, const lane_values addresses) {
     const instruction *i = m->running;
-    lane_values space;
+    lane_values space, before = {0};
     const uint64_t *values = read_source(m, w, lanes, 1, i->type, space);
     for (int lane = 0; lane < LANES; lane++) {
         if (!(lanes >> lane & 1))
@@ -67,10 +67,13 @@ static void add_to(machine *m, warp *w, uint32_t lanes, const lane_values addres
         uint8_t *to = reach(m, lane, addresses[lane], i->bytes, MEMORY_WRITE);
         uint64_t sum = 0;
         memcpy(&sum, to, i->bytes);
+        before[lane] = sum;
         sum += values[lane];
         memcpy(to, &sum, i->bytes);
     }
     count_access(m, lanes, addresses, i->bytes, NULL, MEMORY_WRITE);
+    if (i->num_results)
+        write_result(m, w, lanes, 0, i->result_type, before);
 }
 
 void access_global(machine *m, warp *w, uint32_t lanes) {

@@ -129,15 +129,17 @@ static int decode_memory(opcode_parts *parts, instruction *into, operand_counts 
 }
 
 /* cp.async.cg.shared.global [to], [from], bytes{, bytes that are read}{, cache policy} */
-/* A sum in memory, of which nobody reads what was there: "red.global.gpu.relaxed.add.u64". */
+/* A sum in memory: "red.global.gpu.relaxed.add.u64", or "atom" where what was there is wanted. */
 static int decode_reduction(opcode_parts *parts, instruction *into, operand_counts *counts) {
-    if (!take(parts, "red") || !take(parts, "global") || !take(parts, "add") ||
+    int wanted = take(parts, "atom");
+    if ((!wanted && !take(parts, "red")) || !take(parts, "global") || !take(parts, "add") ||
         !take_type(parts, &into->type) || into->type.bits < 32)
         return -1;
     take_all(parts, CACHING);
     into->bytes = into->type.bits / 8u;
     into->operation = OP_RED_ADD;
-    *counts = counts_of(0, 2);
+    into->result_type = into->type;
+    *counts = counts_of(wanted, 2);
     return 0;
 }
 
