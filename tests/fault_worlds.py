@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from triton_offload.calibration import Path
@@ -262,7 +263,7 @@ class FaultWorld(ABC):
     def check_pool(self) -> None:
         """Every chunk that is stored has its bytes, and nothing else changed source pages."""
         for (group, chunk), part in self.have.items():
-            slot = self.pool.slots[self.slot_of(group, chunk)]
+            slot = self._slot(group, self.slot_of(group, chunk))
             for page in self.layout.groups[group].table.pages:
                 for position in part:
                     start = page.offset + position * page.pitch
@@ -337,6 +338,12 @@ class FaultWorld(ABC):
 
     # -- inside --
 
+    def _slot(self, group: int, slot_id: int) -> torch.Tensor:
+        """The bytes of a slot of the group's size."""
+        size = self.layout.groups[group].size
+        (row,) = self.pool.slabs.rows(size, np.array([slot_id])).tolist()
+        return self.pool.slots_of(size)[row]
+
     @staticmethod
     def _span(chunks: list[int], first: int, count: int | None) -> list[tuple[int, set[int]]]:
         end = len(chunks) * SPAN if count is None else first + count
@@ -374,7 +381,7 @@ class FaultWorld(ABC):
         if job.direction is Direction.STORE:
             for (chunk, part), slot in zip(job.chunks, job.slots, strict=True):
                 if not lost:
-                    self.device.touch(reads=[self.pool.slots[slot]])
+                    self.device.touch(reads=[self._slot(job.group, slot)])
                 if job.result.success:
                     self.have.setdefault((job.group, chunk), set()).update(part)
             return
