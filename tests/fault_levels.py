@@ -89,7 +89,7 @@ class QueueWorld(FaultWorld):
 class OffloaderWorld(FaultWorld):
     """KVOffloader, with room for fewer chunks than there are; it loads by layers."""
 
-    num_slots = 10
+    host_bytes = 6 * SLOT_BYTES
 
     @in_pieces
     def open(self) -> None:
@@ -97,7 +97,7 @@ class OffloaderWorld(FaultWorld):
         self._removed = 0
         self.offloader = KVOffloader(
             self.tensors,
-            self.num_slots * SLOT_BYTES,
+            self.host_bytes,
             SPAN,
             groups=[list(group) for group in GROUPS],
             enable_events=True,

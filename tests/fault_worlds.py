@@ -263,7 +263,7 @@ class FaultWorld(ABC):
     def check_pool(self) -> None:
         """Every chunk that is stored has its bytes, and nothing else changed source pages."""
         for (group, chunk), part in self.have.items():
-            slot = self._slot(group, self.slot_of(group, chunk))
+            slot = self.slot(group, self.slot_of(group, chunk))
             for page in self.layout.groups[group].table.pages:
                 for position in part:
                     start = page.offset + position * page.pitch
@@ -338,7 +338,7 @@ class FaultWorld(ABC):
 
     # -- inside --
 
-    def _slot(self, group: int, slot_id: int) -> torch.Tensor:
+    def slot(self, group: int, slot_id: int) -> torch.Tensor:
         """The bytes of a slot of the group's size."""
         size = self.layout.groups[group].size
         (row,) = self.pool.slabs.rows(size, np.array([slot_id])).tolist()
@@ -381,7 +381,7 @@ class FaultWorld(ABC):
         if job.direction is Direction.STORE:
             for (chunk, part), slot in zip(job.chunks, job.slots, strict=True):
                 if not lost:
-                    self.device.touch(reads=[self._slot(job.group, slot)])
+                    self.device.touch(reads=[self.slot(job.group, slot)])
                 if job.result.success:
                     self.have.setdefault((job.group, chunk), set()).update(part)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 
 import pytest
 from fault_levels import LEVELS, OffloaderWorld, begun
@@ -177,29 +178,40 @@ def test_what_a_copy_that_never_ends_holds_is_not_handed_out(path, kind, level):
 
 
 def fill_up(world: OffloaderWorld, held: list[Job]) -> None:
-    """Store as much as there is: never into the slots that are held."""
-    slots = {slot for job in held for slot in job.slots}
+    """Store as much as there is: never into the bytes that are held."""
+    theirs = [(job.group, chunk) for job in held for chunk, _ in job.chunks]
+    others = [
+        each for each in itertools.product(range(2), range(3, NUM_CHUNKS)) if each not in theirs
+    ]
+    stored = []
     if held[0].direction is Direction.STORE:  # stores queue behind it, and their slots are held too
-        stored = [world.store(0, [chunk]) for chunk in (4, 5, 6)]
-        stored += [world.store(1, [chunk]) for chunk in (3, 4, 5, 6, 7)]
-        with pytest.raises(PoolFullError, match=f"{world.num_slots} are pinned by transfers"):
-            world.store(0, [7])
+        with pytest.raises(PoolFullError, match="chunks pinned by transfers"):
+            stored.extend(world.store(group, [chunk]) for group, chunk in others)
+        assert stored
     else:
-        stored = []
-        for group, chunk in itertools.product(range(2), range(3, NUM_CHUNKS)):
+        for group, chunk in others:
             stored.append(world.store(group, [chunk]))
             world.device.drain()
             world.collect()
-    assert not any(slots & set(job.slots) for job in stored)
+    taken = {byte for job in held for byte in bytes_of(world, job)}
+    assert not any(taken & set(bytes_of(world, job)) for job in stored)
+
+
+def bytes_of(world: OffloaderWorld, job: Job) -> Iterator[int]:
+    """The addresses of all bytes of a job's slots."""
+    for slot_id in job.slots:
+        slot = world.slot(job.group, slot_id)
+        yield from range(slot.data_ptr(), slot.data_ptr() + len(slot))
 
 
 def test_a_full_pool_refuses_and_loses_nothing():
     world = begun("offloader", 1, Path.STAGED)
     have = {key: set(part) for key, part in world.have.items()}
+    too_many = world.offloader.num_chunks_of(0) + 1
     with pytest.raises(PoolFullError):
         world.offloader.store(
-            [bytes([chunk]) for chunk in range(3, 3 + world.num_slots + 1)],
-            [0] * (2 * (world.num_slots + 1)),
+            [bytes([chunk]) for chunk in range(3, 3 + too_many)],
+            [0] * (2 * too_many),
         )
     world.after_step()
     assert world.have == have

@@ -206,7 +206,7 @@ def test_a_pool_full_of_pinned_chunks_refuses_a_store_and_loses_nothing(device):
         offloader.store([b"a", b"b"], [0, 1]).wait(60)
         device.gate.clear()
         load = offloader.load([b"a", b"b"], [10, 11])
-        with pytest.raises(PoolFullError, match="room for 1 chunks, got 2 chunks of which 2 are"):
+        with pytest.raises(PoolFullError, match="room for 1 chunks, got a pool of 2 and 2 chunks"):
             offloader.store([b"c"], [2])
         device.gate.set()
         load.wait(60)

@@ -133,7 +133,7 @@ def test_a_pool_that_is_full_of_what_is_in_use_says_so_and_keeps_it():
         offloader.store([b"b"], [0, 1], group=0).wait(60)
         in_use = [b"a" + bytes([0, 0, 0, 1]), b"b" + bytes(4)]
         offloader._manager.prepare_load(in_use)
-        with pytest.raises(PoolFullError, match="room for 1 chunks, got 2 chunks of which 2"):
+        with pytest.raises(PoolFullError, match="room for 1 chunks, got a pool of 2 and 2 chunks"):
             offloader.store([b"c"], [4, 5], group=1)
         offloader._manager.complete_load(in_use)
         assert offloader.lookup([b"a"], group=1) == offloader.lookup([b"b"], group=0) == 1

@@ -414,8 +414,9 @@ class KVOffloader(OffloadingJobs):
         output = self._manager.prepare_store(keys, masks, size=size)
         if output is None:
             raise PoolFullError(
-                f"host pool: expected room for {len(keys)} chunks, got {self.num_chunks_of(group)} "
-                f"chunks of which {self._manager.num_pinned} are pinned by transfers"
+                f"host pool: expected room for {len(keys)} chunks, got a pool of "
+                f"{self.num_chunks_of(group)} and {self._manager.num_pinned} chunks pinned by "
+                "transfers"
             )
         self._manager.touch(keys)
         self._evictions += len(output.evicted_keys)
