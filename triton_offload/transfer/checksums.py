@@ -14,6 +14,7 @@ from triton_offload.kernels.sums import Sums, slot_sums
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.slabs import Slabs
 from triton_offload.specs import Ids
+from triton_offload.transfer.last_jobs import Cuts
 from triton_offload.transfer.layout import CacheLayout, GroupRun
 
 #: a run, and what each of its blocks adds up to: int64 [blocks]
@@ -29,6 +30,7 @@ class Checksums:
     def __init__(self, layout: CacheLayout, slabs: Slabs) -> None:
         self._groups = layout.groups
         shape = (slabs.num_slots, layout.blocks_per_chunk)
+        self._cuts = Cuts(slabs)
         self._sums = np.zeros(shape, dtype=np.int64)
         # The group whose pages were added up: a slot may hold blocks of several, or of none known.
         self._group = np.full(shape, _UNKNOWN, dtype=np.int32)
@@ -37,6 +39,8 @@ class Checksums:
         """A store of `runs` has ended; `sums`: of those parts of it that were added up. Of the
         others nothing is known any more, nor of what a fresh slot held before."""
         for run in runs:
+            for _, new in self._cuts.use(run.group.size, run.slot_ids):
+                self._group[new] = _UNKNOWN  # slots of another size had these bytes
             if run.fresh is not None:
                 self._group[run.slot_ids[run.fresh]] = _UNKNOWN
             self._group[_places(run)] = _UNKNOWN

@@ -72,6 +72,7 @@ class Lane:
             self._sums = SumMemory(device, self._indices.capacity)
         self._backlog: deque[Job] = deque()
         self._in_flight: deque[InFlight] = deque()
+        self._waits_for_jobs = False
         self._num_ops = 0
         self._num_bytes = 0
         self._sequence = 0
@@ -101,8 +102,9 @@ class Lane:
 
     @property
     def next_event(self) -> Event | None:
-        """The event that the oldest work in flight ends with."""
-        return self._in_flight[0].done if self._in_flight else None
+        """The event that the oldest work in flight ends with; None where that is over, and its job
+        is to end after those that had its slots."""
+        return self._in_flight[0].done if self._in_flight and not self._waits_for_jobs else None
 
     def submit(
         self, job_id: int, runs: list[GroupRun], compute: Event | None, after: list[Job]
@@ -345,6 +347,7 @@ class Lane:
         self._num_bytes += work.num_bytes
 
     def _retire(self) -> None:
+        self._waits_for_jobs = False
         while self._in_flight:
             work = self._in_flight[0]
             # A cancelled job is over with what was before it, and that has left the queue.
@@ -354,7 +357,8 @@ class Lane:
                 if event is not work.done:  # asked above
                     self._endings.is_over(event, work.job)
             if work.ends and not all(job.finished for job in work.job.before):
-                return  # their sums are not kept, or not compared yet; `pump` sees to that
+                self._waits_for_jobs = True  # their sums are not kept, or not compared yet
+                return
             self._in_flight.popleft()
             self._num_ops -= work.num_ops
             self._num_bytes -= work.num_bytes
