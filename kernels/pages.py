@@ -83,6 +83,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     PAGE_AXIS: tl.constexpr,  # noqa: N803
     FOLD: tl.constexpr,  # noqa: N803
 ):
+    # Of pages that are not there, as they are of an exact strip, nothing is handed on.
+    FILL: tl.constexpr = sums is not None and not EXACT  # noqa: N806
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
     group = tile // num_strips
@@ -99,9 +101,11 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
         cache = source + block * stride
         # .cg: bytes are read once, L1 has no use for them.
-        words = tl.load(
-            _pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), mask=mask, cache_modifier=".cg"
-        )
+        at = _pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
+        if FILL:  # of what is not there, zeros are added up
+            words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
+        else:
+            words = tl.load(at, mask=mask, cache_modifier=".cg")
         # Only now, while the bytes are on their way: registers hold one side's addresses.
         target, pitch = _row(strips, strip, 3)
         place = slots + slot * stride_slot + target + position * pitch
@@ -119,8 +123,6 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         elements = _elements(strips, strip, EXACT)
         tl.store(_pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
         if sums is not None:
-            if not EXACT:  # of pages that are not there, nothing is handed on
-                words = tl.where(mask, words, 0)
             total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
             if strip == 0:  # of the pages that were
                 _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
@@ -150,6 +152,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     PAGE_AXIS: tl.constexpr,  # noqa: N803
     FOLD: tl.constexpr,  # noqa: N803
 ):
+    # Of pages that are not there, as they are of an exact strip, nothing is handed on.
+    FILL: tl.constexpr = sums is not None and not EXACT  # noqa: N806
     num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
     tile = tl.program_id(0) * tiles_per_program
     group = tile // num_strips
@@ -166,9 +170,11 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
         place = slots + slot * stride_slot + source + position * pitch
         # .cg: bytes are read once, L1 has no use for them.
-        words = tl.load(
-            _pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), mask=mask, cache_modifier=".cg"
-        )
+        at = _pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
+        if FILL:  # of what is not there, zeros are added up
+            words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
+        else:
+            words = tl.load(at, mask=mask, cache_modifier=".cg")
         # Only now, while the bytes are on their way: registers hold one side's addresses.
         target, stride = _row(strips, strip, 0)
         cache = target + block * stride
@@ -186,8 +192,6 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
         elements = _elements(strips, strip, EXACT)
         tl.store(_pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
         if sums is not None:
-            if not EXACT:  # of pages that are not there, nothing is handed on
-                words = tl.where(mask, words, 0)
             total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
             if strip == 0:  # of the pages that were
                 _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)

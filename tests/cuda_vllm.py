@@ -41,7 +41,7 @@ def test_vllms_jobs_are_submitted_polled_and_waited_for_while_another_thread_cap
     with Transfers(path) as transfers:
         offloader = transfers.offloader
         worker = TolerantWorker(
-            TritonOffloadingWorker(offloader._queue, offloader._pool, Closing())
+            TritonOffloadingWorker(offloader._queue, offloader._pool, offloader._layout, Closing())
         )
         before = transfers.cache.cpu()
         stream = torch.cuda.Stream()

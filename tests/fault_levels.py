@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 from fault_worlds import GROUPS, NUM_CHUNKS, PADDED, SLOT_BYTES, SPAN, FaultWorld
@@ -16,8 +17,11 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import Pipeline
 from triton_offload.transfer.queue_manager import transfer_queue
 
+
 # Some pieces are registered already when the registration of another fails.
-in_pieces = patch.object(host_pool_module, "_piece_slots", lambda num_slots, slot_bytes: 2)
+def in_pieces(slots: int) -> Any:
+    """Pools are pinned so many slots at a time."""
+    return patch.object(host_pool_module, "_piece_slots", lambda num_slots, slot_bytes: slots)
 
 
 class QueueWorld(FaultWorld):
@@ -25,7 +29,7 @@ class QueueWorld(FaultWorld):
 
     used = PADDED
 
-    @in_pieces
+    @in_pieces(2)
     def open(self) -> None:
         self.layout = CacheLayout(
             self.tensors, SPAN, [[(i, PADDED[i]) for i in group] for group in GROUPS]
@@ -91,7 +95,7 @@ class OffloaderWorld(FaultWorld):
 
     host_bytes = 6 * SLOT_BYTES
 
-    @in_pieces
+    @in_pieces(1)
     def open(self) -> None:
         self._slots: dict[tuple[int, int], int] = {}
         self._removed = 0

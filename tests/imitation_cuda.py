@@ -140,7 +140,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     """A test that fails says what the card had to complain of last."""
     report = yield
     if report.failed:
-        report.sections.append(("The card's complaints", "\n".join(card.complaints()[-10:])))
+        told = [each for each in card.complaints() if "context is lost" not in each]
+        report.sections.append(("The card's complaints", "\n".join(told[-10:])))
     return report
 
 

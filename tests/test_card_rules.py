@@ -365,7 +365,7 @@ def test_a_kernel_that_traps_or_never_ends() -> None:
     ("change", "reason"),
     [
         (lambda t: t.replace("ret;", "add.f32 %r1, %r1, %r1;"), "add.f32 is not known"),
-        (lambda t: t.replace("ret;", "atom.global.add.u32 %r1, [%d0], 1;"), "atom.global.add.u32"),
+        (lambda t: t.replace("ret;", "atom.global.xor.b32 %r1, [%d0], 1;"), "atom.global.xor.b32"),
         (lambda t: t.replace("ret;", "ld.global.b64.wrong %d1, [%d0];"), "is not known"),
         (lambda t: t.replace("ret;", "add.s32 %r1, %r1;"), "wrong number of operands"),
         (lambda t: t.replace("ret;", "add.s32 %r99, %r1, %r1;"), "%r99 is no register"),

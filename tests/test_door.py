@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from triton_offload import (
     Calibration,
+    ChecksumError,
     ChunkSpec,
     DeviceLostError,
     Direction,
@@ -113,7 +114,9 @@ def main() -> None:
                 offloader.load([b"c"], [0])
             except (UnknownKeyError, PendingKeyError, UnwrittenBlocksError) as error:
                 print(type(error).__name__)
-    errors: list[type[Exception]] = [PoolFullError, TransferFailedError, DeviceLostError]
+    errors: list[type[Exception]] = [
+        PoolFullError, TransferFailedError, DeviceLostError, ChecksumError
+    ]
     policies: list[type[EvictionPolicy]] = [Fifo]
     kept: Calibration | None = None
     print(errors, policies, kept, __version__)

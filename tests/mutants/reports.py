@@ -35,14 +35,15 @@ def a_job_is_reported_when_it_is_queued():
 
 @mutant("9", serving("staged"))
 def the_end_of_a_job_is_recorded_on_the_other_stream():
-    def make(last_stream):
-        def other_stream(self):
-            kernels, copies = self.streams.kernels, self.streams.copies
-            return copies if last_stream(self) is kernels else kernels
+    def make(record):
+        def record_elsewhere(self, stream, *, timed=False):
+            if timed:  # what a job may end with
+                stream = self.copies if stream is self.kernels else self.kernels
+            return record(self, stream, timed=timed)
 
-        return other_stream
+        return record_elsewhere
 
-    return instead(Lane, "_last_stream", make)
+    return instead(LaneStreams, "record", make)
 
 
 @mutant("9", serving("staged"))

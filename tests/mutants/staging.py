@@ -137,9 +137,9 @@ def the_ring_of_ids_overruns_its_tail():
 
 @mutant("4", scenarios.earlier_compute_only)
 def one_event_is_recorded_again_for_every_segment():
-    def record(self, stream):
+    def record(self, stream, *, timed=False):
         events = self.__dict__.setdefault("_events", {})
-        event = events.setdefault(id(stream), self.device.new_event())
+        event = events.setdefault(id(stream), self.device.new_event(timed=timed))
         self.device.record(event, stream)
         return event
 
