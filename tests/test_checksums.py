@@ -383,6 +383,28 @@ def test_an_export_has_the_sums_and_what_is_imported_is_proved_too():
         assert isinstance(job.result.error, ChecksumError)
 
 
+def test_what_is_imported_stays_proved_when_its_slab_is_stored_to():
+    """In slots of a group's own size, of which a slab holds several."""
+    caches = random_caches(1024, 64)
+    with KVOffloader(caches, "64KiB", 4, groups=[[0], [1]], verify="load") as offloader:
+        offloader.register_worker(ChunkSpec, Kept, write_out)
+        offloader.register_worker(Kept, ChunkSpec, read_in)
+        offloader.store([b"a"], [0, 1, 2, 3], group=1).wait()
+        medium = Kept()
+        offloader.export_chunks([b"a"], medium, group=1).wait()
+    with KVOffloader(caches, "64KiB", 4, groups=[[0], [1]], verify="load") as offloader:
+        offloader.register_worker(Kept, ChunkSpec, read_in)
+        offloader.import_chunks([b"a"], medium, group=1).wait()
+        offloader.store([b"b"], [4, 5, 6, 7], group=1).wait()
+        slots = offloader._pool.slots_of(offloader._layout.groups[1].size)
+        keys = offloader._manager._slot_of
+        assert len(keys) == 2
+        slots[:, 5] ^= 4  # in every row that may be a slot of either
+        job = offloader.load([b"a"], [8, 9, 10, 11], group=1)
+        job.block()
+        assert isinstance(job.result.error, ChecksumError)
+
+
 def test_where_kernels_fail_copies_stand_in_and_are_not_proved():
     """Bytes land all the same; of what no kernel saw there is no sum to compare."""
     device = GatedDevice()

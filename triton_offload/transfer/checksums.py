@@ -39,8 +39,7 @@ class Checksums:
         """A store of `runs` has ended; `sums`: of those parts of it that were added up. Of the
         others nothing is known any more, nor of what a fresh slot held before."""
         for run in runs:
-            for _, new in self._cuts.use(run.group.size, run.slot_ids):
-                self._group[new] = _UNKNOWN  # slots of another size had these bytes
+            self._cut(run.group.size, run.slot_ids)
             if run.fresh is not None:
                 self._group[run.slot_ids[run.fresh]] = _UNKNOWN
             self._group[_places(run)] = _UNKNOWN
@@ -55,12 +54,19 @@ class Checksums:
         """A medium of the user's has written blocks of these slots, a bitmask for each: they are
         added up here and now, in a second pass over them."""
         table, size = self._groups[group].table, self._groups[group].size
-        rows = pool.slabs.sizes[size].rows(np.array(slot_ids, dtype=np.int64))
+        ids = np.array(slot_ids, dtype=np.int64)
+        self._cut(size, ids)
+        rows = pool.slabs.sizes[size].rows(ids)
         slots = pool.slots_of(size).numpy()
         for slot, row, mask in zip(slot_ids, rows.tolist(), blocks, strict=True):
             written = [s for s in range(table.blocks_per_chunk) if mask >> s & 1]
             self._sums[slot, written] = slot_sums(table, slots[row])[written]
             self._group[slot, written] = group
+
+    def _cut(self, size: int, slot_ids: Ids) -> None:
+        """Slots of this size are written: of what was in their slabs as another, nothing is known."""
+        for _, new in self._cuts.use(size, slot_ids):
+            self._group[new] = _UNKNOWN
 
     def wrong_slots(self, sums: Iterable[RunSums]) -> tuple[int, ...]:
         """The slots of a load that does not bring what was stored, each once. Of a load by layers
