@@ -337,11 +337,10 @@ class CPUOffloadingManager(OffloadingManager):
         wrong -= self._storing.keys() | self._loading.keys()
         if not wrong:
             return
-        others = self._slot_of.keys() - wrong
-        busy = (self._storing.keys(), self._loading.keys())
-        evicted = self._policy.evict(len(wrong), others, busy)
-        self._room.free(evicted)
-        self._note_evicted(evicted)
+        dropped = list(dict.fromkeys(key for key in keys if key in wrong))  # in their order
+        self._policy.drop(dropped)
+        self._room.free(dropped)
+        self._note_evicted(dropped)
 
     def take_events(self) -> list[OffloadingEvent]:
         events, self._events = self._events or [], None if self._events is None else []

@@ -64,7 +64,7 @@ class Checksums:
             self._group[slot, written] = group
 
     def _cut(self, size: int, slot_ids: Ids) -> None:
-        """Slots of this size are written: of what was in their slabs as another, nothing is known."""
+        """Slots of this size are written: what their slabs held as others is not known."""
         for _, new in self._cuts.use(size, slot_ids):
             self._group[new] = _UNKNOWN
 
