@@ -321,10 +321,17 @@ def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     return {"plain": {"answers": answers}, **rounds.seen}
 
 
-def until_killed(model: Path, started: Path) -> None:
+def children() -> dict[str, Any]:
+    return {"children": [each.pid for each in multiprocessing.active_children()]}
+
+
+def until_killed(
+    model: Path, started: Path, seen: Callable[[], dict[str, Any]] = children, **llm_args: Any
+) -> None:
     """An engine core in a process of its own, which stores and loads until somebody ends it.
 
-    `started` is written when it has answered: the ids of the processes that it is made of.
+    `started` is written when it has answered: what is to be `seen` of it then, by default the ids
+    of the processes that it is made of.
     """
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
@@ -338,15 +345,15 @@ def until_killed(model: Path, started: Path) -> None:
         max_model_len=1024,
         enforce_eager=True,
         kv_transfer_config=transfer(blocks_per_chunk=2),
+        **llm_args,
     )
     params = vllm.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
     while True:
         llm.generate([{"prompt_token_ids": each} for each in FEW], params, use_tqdm=False)
         llm.reset_prefix_cache()
         if not started.exists():
-            children = [each.pid for each in multiprocessing.active_children()]
             written = started.with_suffix(".new")
-            written.write_text(json.dumps({"children": children}))
+            written.write_text(json.dumps(seen()))
             written.rename(started)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import FEW, FEW_TOKENS, transfer
+from engine import until_killed as engine_until_killed
 from faulty import fail
 from processes import of_session, shared_files
 
@@ -177,30 +178,11 @@ def until_killed(model: Path, started: Path, parallel: str) -> None:
 
     `started` is written when they have answered once.
     """
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    import vllm
 
-    llm = vllm.LLM(
-        model=str(model),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        block_size=32,
-        max_model_len=1024,
-        enforce_eager=True,
-        kv_transfer_config=transfer(BLOCKS_PER_CHUNK),
-        **{f"{parallel}_parallel_size": RANKS},
-    )
-    params = vllm.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
-    while True:
-        llm.generate([{"prompt_token_ids": each} for each in FEW], params, use_tqdm=False)
-        llm.reset_prefix_cache()
-        if not started.exists():
-            written = started.with_suffix(".new")
-            written.write_text(
-                json.dumps({"shared_files": sorted(map(str, shared_files(of_session())))})
-            )
-            written.rename(started)
+    def seen() -> dict[str, Any]:
+        return {"shared_files": sorted(map(str, shared_files(of_session())))}
+
+    engine_until_killed(model, started, seen, **{f"{parallel}_parallel_size": RANKS})
 
 
 def main(scenario: str, model: str, output: str, parallel: str) -> None:

@@ -98,7 +98,7 @@ def a_load_by_layers_is_not_cut():
 
 @mutant("layers: the first one comes early", scenarios.layers_beside_compute)
 def all_of_a_load_by_layers_is_queued_before_the_first_layer():
-    return patch.object(Lane, "_is_far_ahead", lambda self, job: False)
+    return patch.object(Lane, "_is_far_ahead", lambda self: False)
 
 
 @mutant("layers: the last ones come in time", scenarios.layers_beside_compute)

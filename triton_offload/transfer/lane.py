@@ -166,7 +166,7 @@ class Lane:
             if job.held is None:
                 # A job of no blocks is an event to record, and room for that is bounded too.
                 return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
-            if job.run_of_layer and self._is_far_ahead(job):
+            if job.run_of_layer and self._is_far_ahead():
                 return False
             if not self._has_room(job.held.run):
                 return False
@@ -199,7 +199,7 @@ class Lane:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
 
-    def _is_far_ahead(self, job: Job) -> bool:
+    def _is_far_ahead(self) -> bool:
         """Whether so much is queued that a load by layers is to leave the caller to its layers."""
         return self._num_bytes >= LAYERS_AHEAD_BYTES
 
