@@ -60,8 +60,8 @@ class CPUOffloadingManager(OffloadingManager):
     key that such a transfer is under way for.
 
     Of several sizes, that chunk leaves next which the policy names of all, whatever its size.
-    With one of another size than is needed leaves all that lies in the slab of that size which was
-    used least recently, and in which nothing is in use.
+    Where two slabs' worth of another size's slots are free, all leaves that lies in the slab of it
+    which was used least recently, and in which nothing is in use (`SharedRoom`).
 
     `policy`: "lru", "arc", or what makes an `EvictionPolicy` of the number of chunks. One that
     raises, or names what may not be evicted, is asked no more: `prepare_store` raises RuntimeError
