@@ -1,8 +1,7 @@
-"""Kernels that move pages between scattered cache blocks and the slots of chunks.
+"""Moves pages between scattered cache blocks and the slots of chunks, by the kernels of `movers`.
 
-They are byte movers: they see addresses, strides and sizes, never dtypes. One pair serves both
-ways of crossing to the host: slots in device memory (a staging buffer) and slots in mapped host
-memory.
+One pair of kernels serves both ways of crossing to the host: slots in device memory (a staging
+buffer) and slots in mapped host memory.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 
 from . import compiling
 from .arguments import IdArray
-from .sums import MIX as _MIX
-from .table import ROW_BYTES as _ROW_BYTES
+from .movers import gather_kernel, scatter_kernel
 from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
 from .tiling import (
     KernelConfig,
@@ -41,353 +37,6 @@ __all__ = [
     "scatter_pages",
     "summing_config",
 ]
-
-# As the kernels take them: constants, and what is signed like all else there.
-ROW_BYTES = tl.constexpr(_ROW_BYTES)
-MIX = tl.constexpr(_MIX - (1 << 64))
-
-# The two kernels move the same tiles in opposite directions.
-#
-#   strips     int64 [num_strips, 5]: address of the strip in block 0, bytes between blocks,
-#              elements, offset in the slot, bytes between pages in the slot; behind them all
-#              int64 [num_strips], the number of the first row of each (see `sums`)
-#   block_ids  int64 [num_blocks]
-#   slot_ids   int64 [ceil((first_block + num_blocks) / blocks_per_chunk)]
-#   sums       int64 [num_blocks]: what the pages of a block add up to is added; None: nothing is
-#
-# A strip is the part of at most WORDS elements of every page of one tensor; a tile is that part of
-# PAGES pages. Tiles are numbered with the strips of the same pages together, and a program takes
-# tiles_per_program of them in a row, so that ids are read once per PAGES blocks: they may lie in
-# host memory, a round trip away. While the bytes of a tile are on their way, a program reads where
-# the next tile lies. The tile after the last one has no page, and a row of the table all the same.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather_kernel(  # type: ignore[no-untyped-def]
-    strips,
-    num_strips,
-    block_ids,
-    num_blocks,
-    slots,
-    stride_slot,
-    slot_ids,
-    first_block,
-    blocks_per_chunk,
-    tiles_per_program,
-    sums,
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    PAGES: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    EXACT: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-    FOLD: tl.constexpr,  # noqa: N803
-):
-    # Of pages that are not there, as they are of an exact strip, nothing is handed on.
-    FILL: tl.constexpr = sums is not None and not EXACT  # noqa: N806
-    num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
-    tile = tl.program_id(0) * tiles_per_program
-    group = tile // num_strips
-    strip = tile % num_strips
-    block, slot, position = _locate(
-        block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
-    )
-    if sums is not None:
-        total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
-    source, stride = _row(strips, strip, 0)
-    elements = _elements(strips, strip, EXACT)
-    for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
-        live = group * PAGES + tl.arange(0, PAGES) < num_blocks
-        mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
-        cache = source + block * stride
-        # .cg: bytes are read once, L1 has no use for them.
-        at = _pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
-        if FILL:  # of what is not there, zeros are added up
-            words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
-        else:
-            words = tl.load(at, mask=mask, cache_modifier=".cg")
-        # Only now, while the bytes are on their way: registers hold one side's addresses.
-        target, pitch = _row(strips, strip, 3)
-        place = slots + slot * stride_slot + target + position * pitch
-        if sums is not None:
-            row = _first_row(strips, num_strips, strip)
-        # And what the next loads need, so that they wait for nothing but these stores.
-        strip += 1
-        if strip == num_strips:
-            strip = 0
-            group += 1
-            block, slot, position = _locate(
-                block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
-            )
-        source, stride = _row(strips, strip, 0)
-        elements = _elements(strips, strip, EXACT)
-        tl.store(_pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
-        if sums is not None:
-            total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
-            if strip == 0:  # of the pages that were
-                _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
-                total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
-    if sums is not None:
-        _add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scatter_kernel(  # type: ignore[no-untyped-def]
-    strips,
-    num_strips,
-    block_ids,
-    num_blocks,
-    slots,
-    stride_slot,
-    slot_ids,
-    first_block,
-    blocks_per_chunk,
-    tiles_per_program,
-    sums,
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    PAGES: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    EXACT: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-    FOLD: tl.constexpr,  # noqa: N803
-):
-    # Of pages that are not there, as they are of an exact strip, nothing is handed on.
-    FILL: tl.constexpr = sums is not None and not EXACT  # noqa: N806
-    num_tiles = num_strips * tl.cdiv(num_blocks, PAGES)
-    tile = tl.program_id(0) * tiles_per_program
-    group = tile // num_strips
-    strip = tile % num_strips
-    block, slot, position = _locate(
-        block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
-    )
-    if sums is not None:
-        total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
-    source, pitch = _row(strips, strip, 3)
-    elements = _elements(strips, strip, EXACT)
-    for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
-        live = group * PAGES + tl.arange(0, PAGES) < num_blocks
-        mask = _mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
-        place = slots + slot * stride_slot + source + position * pitch
-        # .cg: bytes are read once, L1 has no use for them.
-        at = _pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
-        if FILL:  # of what is not there, zeros are added up
-            words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
-        else:
-            words = tl.load(at, mask=mask, cache_modifier=".cg")
-        # Only now, while the bytes are on their way: registers hold one side's addresses.
-        target, stride = _row(strips, strip, 0)
-        cache = target + block * stride
-        if sums is not None:
-            row = _first_row(strips, num_strips, strip)
-        # And what the next loads need, so that they wait for nothing but these stores.
-        strip += 1
-        if strip == num_strips:
-            strip = 0
-            group += 1
-            block, slot, position = _locate(
-                block_ids, slot_ids, group * PAGES, first_block, num_blocks, blocks_per_chunk, PAGES
-            )
-        source, pitch = _row(strips, strip, 3)
-        elements = _elements(strips, strip, EXACT)
-        tl.store(_pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
-        if sums is not None:
-            total += _weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
-            if strip == 0:  # of the pages that were
-                _add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
-                total = _no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
-    if sums is not None:
-        _add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
-
-
-@triton.jit
-def _row(strips, strip, column):  # type: ignore[no-untyped-def]
-    """An address and the bytes between pages: of a strip in the cache (0) or in a slot (3)."""
-    row = strips.to(tl.pointer_type(tl.int64)) + strip * 5 + column
-    return tl.load(row), tl.load(row + 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _elements(  # type: ignore[no-untyped-def]
-    strips,
-    strip,
-    EXACT: tl.constexpr,  # noqa: N803
-):
-    """Elements of a strip; 0 where all have WORDS and nobody asks."""
-    elements = tl.full((), 0, tl.int64)
-    if not EXACT:
-        elements = tl.load(strips.to(tl.pointer_type(tl.int64)) + strip * 5 + 2)
-    return elements
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _locate(  # type: ignore[no-untyped-def]
-    block_ids,
-    slot_ids,
-    first_page,
-    first_block,
-    num_blocks,
-    blocks_per_chunk,
-    PAGES: tl.constexpr,  # noqa: N803
-):
-    """Block id, slot id, and position in the chunk: [PAGES]."""
-    page = first_page + tl.arange(0, PAGES)
-    live = page < num_blocks
-    run = first_block + page
-    block = tl.load(block_ids.to(tl.pointer_type(tl.int64)) + page, mask=live, other=0)
-    slot_id = slot_ids.to(tl.pointer_type(tl.int64)) + run // blocks_per_chunk
-    slot = tl.load(slot_id, mask=live, other=0)
-    return block, slot, run % blocks_per_chunk
-
-
-# -- sums: see `sums` for what is added up --
-
-# A thread adds up what it moves of its pages, over all their strips, and hands it on once: no
-# thread waits for another.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _no_sum(  # type: ignore[no-untyped-def]
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    PAGES: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-    FOLD: tl.constexpr,  # noqa: N803
-):
-    LANES: tl.constexpr = SPAN // 2 if WORD_BYTES == 16 else SPAN  # noqa: N806
-    if PAGE_AXIS == 1:
-        return tl.zeros((FOLD, PAGES, LANES), tl.int64)
-    else:
-        return tl.zeros((PAGES, FOLD, LANES), tl.int64)
-
-
-@triton.jit
-def _first_row(strips, num_strips, strip):  # type: ignore[no-untyped-def]
-    """The number of the first row of a strip."""
-    return tl.load(strips.to(tl.pointer_type(tl.int64)) + num_strips * 5 + strip)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _weighted(  # type: ignore[no-untyped-def]
-    words,
-    row,
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-    FOLD: tl.constexpr,  # noqa: N803
-):
-    """Each word of a tile times the multiplier of its row, added up over what a thread has of each
-    page."""
-    ELEMENT: tl.constexpr = 8 if WORD_BYTES > 8 else WORD_BYTES  # noqa: N806
-    PAIR: tl.constexpr = WORD_BYTES // ELEMENT  # noqa: N806
-    PAGES: tl.constexpr = words.shape[PAGE_AXIS]  # noqa: N806
-    SPANS: tl.constexpr = WORDS // SPAN // FOLD  # noqa: N806
-    place = _words(WORDS // PAIR, SPAN // PAIR, PAGE_AXIS) * PAIR
-    values = words.to(tl.int64)
-    if ELEMENT < 8:
-        values = (values & ((1 << 8 * ELEMENT) - 1)) << (place * ELEMENT % 8 * 8).to(tl.int64)
-    if PAIR == 2:  # of one access, and so of one row
-        first, second = tl.split(
-            tl.reshape(values, (values.shape[0], values.shape[1], SPAN // 2, 2))
-        )
-        values = first + second
-    # A strip is one row, a part of one, or begins with one.
-    number = row + 1
-    if WORDS * ELEMENT > ROW_BYTES:
-        number += place * ELEMENT // ROW_BYTES
-    mixed = number * MIX
-    values *= mixed ^ ((mixed >> 32) & 0xFFFFFFFF) | 1
-    if PAGE_AXIS == 1:
-        return tl.sum(tl.reshape(values, (SPANS, FOLD, PAGES, SPAN // PAIR)), 0)
-    else:
-        return tl.sum(tl.reshape(values, (PAGES, SPANS, FOLD, SPAN // PAIR)), 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_to(  # type: ignore[no-untyped-def]
-    sums,
-    total,
-    first_page,
-    num_blocks,
-    PAGES: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-):
-    page = first_page + tl.arange(0, PAGES)
-    target = _over_pages(sums.to(tl.pointer_type(tl.int64)) + page, PAGE_AXIS)
-    live = _over_pages(page < num_blocks, PAGE_AXIS)
-    target, total = tl.broadcast(target, total)
-    live, total = tl.broadcast(live, total)
-    tl.atomic_add(target, total, mask=live, sem="relaxed")
-
-
-# Tiles have three axes: spans of words, pages, and the words of a span. Warps are dealt to the
-# words of a span, then to pages (PAGE_AXIS sees to it), so that a thread has few pages, and of each
-# one address and many offsets.
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _over_pages(values, PAGE_AXIS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    if PAGE_AXIS == 1:
-        return values[None, :, None]
-    else:
-        return values[:, None, None]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _words(  # type: ignore[no-untyped-def]
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-):
-    span = tl.arange(0, WORDS // SPAN) * SPAN
-    lane = tl.arange(0, SPAN)[None, None, :]
-    if PAGE_AXIS == 1:
-        return span[:, None, None] + lane
-    else:
-        return span[None, :, None] + lane
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _mask(  # type: ignore[no-untyped-def]
-    elements,
-    live,
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    EXACT: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-):
-    mask = _over_pages(live, PAGE_AXIS)
-    if not EXACT:
-        if WORD_BYTES == 16:
-            # Even, and the compiler sees that it is: else the mask makes accesses narrower.
-            elements = elements // 2 * 2
-        mask = mask & (_words(WORDS, SPAN, PAGE_AXIS) < elements)
-    return mask
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pointers(  # type: ignore[no-untyped-def]
-    address,
-    WORD_BYTES: tl.constexpr,  # noqa: N803
-    WORDS: tl.constexpr,  # noqa: N803
-    SPAN: tl.constexpr,  # noqa: N803
-    PAGE_AXIS: tl.constexpr,  # noqa: N803
-):
-    """Pointers to the words of a tile, of the strips' addresses int64 [PAGES]."""
-    if WORD_BYTES >= 8:
-        element = tl.pointer_type(tl.int64)
-    elif WORD_BYTES == 4:
-        element = tl.pointer_type(tl.int32)
-    elif WORD_BYTES == 2:
-        element = tl.pointer_type(tl.int16)
-    else:
-        element = tl.pointer_type(tl.int8)
-    strip = _over_pages(address, PAGE_AXIS).to(element)
-    # The compiler can't see the alignment of what was read from a table.
-    strip = tl.multiple_of(strip, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
-    return strip + _words(WORDS, SPAN, PAGE_AXIS)
 
 
 def gather_pages(
@@ -500,7 +149,7 @@ def prepare(
     _check_table(table)
     if slots_alignment not in (16, 8, 4, 2, 1):
         raise ValueError(f"slots_alignment: expected 16, 8, 4, 2 or 1, got {slots_alignment!r}")
-    backend = compiling.backend_of(_gather_kernel, table.device)
+    backend = compiling.backend_of(gather_kernel, table.device)
     both = [choose_config(zero_copy=zero_copy, backend=backend) for zero_copy in (False, True)]
     for each in both if config is None else [config]:
         for plain, _ in _plan(table, slots_alignment, each):
@@ -517,7 +166,7 @@ def kernel_of(direction: Direction, spec: KernelSpec) -> Any:
         from .ring import KERNELS
 
         return KERNELS[direction]
-    return _gather_kernel if direction == "gather" else _scatter_kernel
+    return gather_kernel if direction == "gather" else scatter_kernel
 
 
 def _transfer(
@@ -540,7 +189,7 @@ def _transfer(
     run = check_run(table, block_ids, slots.shape[0], slot_ids, first_block, direction=direction)
     if config is None:
         config = choose_config(
-            zero_copy=zero_copy, backend=compiling.backend_of(_gather_kernel, table.device)
+            zero_copy=zero_copy, backend=compiling.backend_of(gather_kernel, table.device)
         )
     blocks = run.block_ids.to(table.device)
     chunk_slots = run.slot_ids.to(table.device)
@@ -619,7 +268,7 @@ def _on_device(strips: IdArray, rows: IdArray, device: torch.device) -> torch.Te
 
 
 def _check_table(table: PageTable) -> None:
-    if table.device.type != "cuda" and not compiling.is_interpreted(_gather_kernel):
+    if table.device.type != "cuda" and not compiling.is_interpreted(gather_kernel):
         raise ValueError(
             f"table: expected tensors on a GPU, got tensors on {table.device}; pages in host "
             f"memory are moved by triton_offload.kernels.reference"

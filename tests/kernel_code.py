@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_offload.kernels import pages
+from triton_offload.kernels import movers
 from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import (
     KernelSpec,
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = {"gather": pages._gather_kernel, "scatter": pages._scatter_kernel}
+KERNELS = {"gather": movers.gather_kernel, "scatter": movers.scatter_kernel}
 KIB = 1024
 # Page bytes, alignment of the slots, bytes of an access, bytes in flight on NVIDIA.
 ZERO_COPY = {

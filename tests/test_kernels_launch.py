@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_code import KERNELS, TARGETS
 
-from triton_offload.kernels import compiling, pages
+from triton_offload.kernels import compiling, movers, pages
 from triton_offload.kernels.table import PageTable, check_run
 from triton_offload.kernels.tiling import (
     KernelConfig,
@@ -353,8 +353,8 @@ def test_the_kernel_of_a_direction_is_launched(launches: Launches) -> None:
     pages.scatter_pages(table, [1], slots, config=CONFIG)
     pages.launch_scatter(table, ids, slots, ids, 0, CONFIG)
     assert [call.kernel for call in launches] == [
-        *[pages._gather_kernel] * 2,
-        *[pages._scatter_kernel] * 2,
+        *[movers.gather_kernel] * 2,
+        *[movers.scatter_kernel] * 2,
     ]
     assert [(type(call.first_block), call.first_block) for call in launches] == [
         (int, first) for first in (0, 1, 0, 0)
