@@ -45,6 +45,7 @@ def test_the_tests_of_a_gpu_pass_on_the_card() -> None:
     run("test_cuda_kernels.py")
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not (TRITON_36 / "triton").is_dir(), reason=f"no triton in {TRITON_36}")
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="this is triton 3.6")
 def test_they_pass_with_an_older_triton_on_a_newer_driver() -> None:

@@ -1,4 +1,4 @@
-"""Real threads at one offloader, with arguments and pages that their owners overwrite: a minute of
+"""Real threads at one offloader, with arguments and pages that their owners overwrite: 20 seconds of
 it, or `TRITON_OFFLOAD_STRESS_SECONDS`. `python tests/stress.py SECONDS` runs longer."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from model_world import ONE_GROUP, Setting
 
 from triton_offload import calibration, request, specs
 
-SECONDS = float(os.environ.get("TRITON_OFFLOAD_STRESS_SECONDS", "60"))
+SECONDS = float(os.environ.get("TRITON_OFFLOAD_STRESS_SECONDS", "20"))
 STRESS = Path(__file__).with_name("stress.py")
 
 

@@ -126,6 +126,7 @@ def test_a_load_that_does_nothing_or_loads_flipped_bytes_changes_outputs(
     assert broken["mended"] == plain["single"]
 
 
+@pytest.mark.deep
 def test_outputs_stay_equal_under_pressure(scenarios: Scenarios, plain: dict[str, Any]) -> None:
     seen = scenarios.run("pressure", 2)
     for i, answers in enumerate(seen["answers"]):
@@ -154,6 +155,7 @@ _COUNTS: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.deep
 def test_whatever_transfer_fails_outputs_equal_those_without_a_connector(
     scenarios: Scenarios, plain: dict[str, Any]
 ) -> None:

@@ -28,7 +28,7 @@ _OTHER_VLLM = Path(sys.prefix) / "vllm-0.33"
 # -- two ranks without an engine --
 
 
-@pytest.fixture(scope="module", params=["0.32", "0.33"])
+@pytest.fixture(scope="module", params=["0.32", pytest.param("0.33", marks=pytest.mark.deep)])
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two joined ranks saw, by rank, on either version of vLLM."""
     path = [str(_SCRIPT.parent.parent)]
