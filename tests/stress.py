@@ -137,11 +137,15 @@ class Round:
         for thread in (*threads, poller):
             thread.start()
         before: list[int] = []
+        since = 0.0
         try:
             while any(thread.is_alive() for thread in threads):
                 if steps != before:
-                    before = list(steps)
-                    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+                    before, since = list(steps), time.monotonic()
+                    # For a call that hangs and keeps the interpreter to itself.
+                    faulthandler.dump_traceback_later(HANG_SECONDS + 60, exit=True)
+                elif time.monotonic() - since > HANG_SECONDS:
+                    end_here()
                 threads[0].join(0.05)
                 time.sleep(0.05 if not threads[0].is_alive() else 0)
             ended.set()
@@ -156,6 +160,18 @@ class Round:
         world.pages.check_all()
         assert not any(left_over(world).values()), left_over(world)
         assert world.offloader.stats().num_pinned == 0
+
+
+def end_here() -> None:
+    """End the process, and say where each thread is.
+
+    Called with the interpreter's lock: `dump_traceback_later`, which does not wait for that, reads
+    frames that threads change meanwhile, and has crashed in them.
+    """
+    sys.stdout.flush()
+    os.write(sys.stderr.fileno(), f"Timeout: no call returned in {HANG_SECONDS} s\n".encode())
+    faulthandler.dump_traceback()
+    os._exit(1)
 
 
 def grown(start: Counts, end: Counts) -> list[str]:

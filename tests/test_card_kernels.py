@@ -194,7 +194,10 @@ def test_moves_each_byte_once(direction: str) -> None:
     assert written == len(blocks) * sum(sizes)
 
 
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    "target",
+    [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.deep) for name in NVIDIA],
+)
 @pytest.mark.skipif(not (TRITON_36 / "triton").is_dir(), reason=f"no triton in {TRITON_36}")
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="this is triton 3.6")
 def test_all_of_this_with_triton_36(target: str) -> None:

@@ -21,11 +21,11 @@ pytestmark = [
 ]
 
 
-def run(file: str, *options: str, card: str = "12.8", other_triton: Path | None = None) -> None:
+def run(*files: str, card: str = "12.8", other_triton: Path | None = None) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "imitation_cuda", "-q", "-rs"]
     paths = [*([other_triton] if other_triton else []), TESTS, TESTS.parent]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(TESTS / file), *options],
+        [*command, "-p", "no:cacheprovider", *(str(TESTS / file) for file in files)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -52,6 +52,6 @@ def test_they_pass_with_an_older_triton_on_a_newer_driver() -> None:
     run("test_cuda.py", card="13.0", other_triton=TRITON_36)
 
 
-@pytest.mark.parametrize("file", sorted(file.name for file in TESTS.glob("cuda_*.py")))
-def test_what_the_device_asks_of_the_driver(file: str) -> None:
-    run(file)
+def test_what_the_device_asks_of_the_driver() -> None:
+    # All in one process: most of the time of one alone goes into its imports.
+    run(*sorted(file.name for file in TESTS.glob("cuda_*.py")))

@@ -40,6 +40,7 @@ TRITON_36 = Path(os.environ.get("TRITON_36_PATH", ROOT / ".venv" / "triton-3.6")
 
 KERNEL_CONSTANTS = ("sums", "WORD_BYTES", "PAGES", "WORDS", "SPAN", "EXACT", "PAGE_AXIS", "FOLD")
 MAX_THREADS = 1024
+_PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT))
 
 
 @pytest.mark.parametrize("direction", KERNELS)
@@ -144,12 +145,15 @@ def test_a_launch_passes_its_arguments_in_the_order_of_the_parameters(
 
 @pytest.mark.skipif(not (TRITON_36 / "triton").is_dir(), reason=f"no triton in {TRITON_36}")
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="this is triton 3.6")
-def test_all_of_this_with_triton_36() -> None:
+@pytest.mark.parametrize(
+    "chosen", ["not sm_80 and not sm_100", pytest.param("sm_80 or sm_100", marks=pytest.mark.deep)]
+)
+def test_all_of_this_with_triton_36(chosen: str) -> None:
     check = "import triton; assert triton.__version__.startswith('3.6.'), triton.__version__"
     environment = {**os.environ, "PYTHONPATH": str(TRITON_36)}
     for command in (
         ["-c", check],
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), __file__],
+        [*_PYTEST, "-k", chosen, __file__],
     ):
         done = subprocess.run(
             [sys.executable, *command],

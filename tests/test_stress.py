@@ -1,5 +1,5 @@
-"""Real threads at one offloader, with arguments and pages that their owners overwrite: 20 seconds of
-it, or `TRITON_OFFLOAD_STRESS_SECONDS`. `python tests/stress.py SECONDS` runs longer."""
+"""Real threads at one offloader, with arguments and pages that their owners overwrite: for 20
+seconds, or `TRITON_OFFLOAD_STRESS_SECONDS`. `python tests/stress.py SECONDS` runs longer."""
 
 from __future__ import annotations
 

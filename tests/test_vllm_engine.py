@@ -196,6 +196,7 @@ def test_a_hybrid_model_survives_failures_too(scenarios: Scenarios) -> None:
     assert seen["one store fails"]["failed_stores"] == 1
 
 
+@pytest.mark.deep
 def test_of_a_killed_engine_nothing_remains_and_another_one_starts(scenarios: Scenarios) -> None:
     def regions() -> set[Path]:
         return set(Path("/dev/shm").glob("vllm_offload_*"))
