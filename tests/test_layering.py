@@ -78,6 +78,7 @@ LAYERS = [
     {"job", "doctor.facts"},
     {"ledger", "request"},
     {"jobs"},
+    {"medium_jobs"},
     {"offloader", "doctor.checks"},
     {""},  # the package itself: its public names
     {"cli.replay", "vllm.worker", "metrics"},
