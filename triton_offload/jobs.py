@@ -132,7 +132,8 @@ class OffloadingJobs:
                 f"{slabs.num_slabs * slabs.sizes[size].per_slab} and {self._manager.num_pinned} "
                 "chunks pinned by transfers"
             )
-        self._manager.touch(keys)
+        if not output.all_new:  # new ones are the most recent already
+            self._manager.touch(keys)
         self._evictions += len(output.evicted_keys)
         return output
 

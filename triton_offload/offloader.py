@@ -16,8 +16,12 @@ from triton_offload.medium_jobs import MediumJobs
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory
 from triton_offload.request import BlockIds
-from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
-from triton_offload.scheduler.manager import CPUOffloadingManager, OffloadingEvent
+from triton_offload.scheduler.chunks import ChunkSpan, StoreRun, runs_to_store
+from triton_offload.scheduler.manager import (
+    CPUOffloadingManager,
+    OffloadingEvent,
+    PrepareStoreOutput,
+)
 from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
 from triton_offload.slabs import Slabs
@@ -149,14 +153,13 @@ class KVOffloader(MediumJobs):
             stored, span, ids = self._request(
                 keys, block_ids, first_block, group, stream, distinct=False
             )
-            output = self._reserve(stored, span.masks(), self._layout.groups[group].size)
+            masks = None if span.is_whole else span.masks()
+            output = self._reserve(stored, masks, self._layout.groups[group].size)
             spec = output.store_spec
             with self._submitting(
                 Direction.STORE, output.keys_to_store, spec.slot_ids, output.pending_keys
             ) as entry:
-                place = {key: i for i, key in enumerate(stored)}
-                chunks = [place[key] for key in output.keys_to_store]
-                runs = runs_to_store(span, chunks, output.blocks)
+                runs = _runs(stored, span, output)
                 for run in runs:
                     part = spec
                     if len(runs) > 1:
@@ -198,7 +201,8 @@ class KVOffloader(MediumJobs):
                 keys, block_ids, first_block, group, stream, distinct=True
             )
             parts, numbers = self._layers.read(layers, group)
-            spec = self._manager.prepare_load(stored, span.masks())
+            masks = None if span.is_whole else span.masks()
+            spec = self._manager.prepare_load(stored, masks)
             self._manager.touch(stored)
             with self._submitting(Direction.LOAD, stored, spec.slot_ids) as entry:
                 entry.job._layers = numbers
@@ -305,3 +309,11 @@ class KVOffloader(MediumJobs):
         span = self._reader.span(len(stored), len(ids), first_block)
         self._collect()
         return stored, span, ids
+
+
+def _runs(keys: Sequence[Key], span: ChunkSpan, output: PrepareStoreOutput) -> list[StoreRun]:
+    """The runs of a store of these chunks."""
+    if output.all_new:  # the common store
+        return [StoreRun(slice(None), span.first, slice(None))] if keys else []
+    place = {key: i for i, key in enumerate(keys)}
+    return runs_to_store(span, [place[key] for key in output.keys_to_store], output.blocks)
