@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 from triton_offload.kernels.arguments import as_integer
 
@@ -50,8 +50,7 @@ class ChunkSpan:
         return masks
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRun:
+class StoreRun(NamedTuple):
     """A part of a store that is one run: every chunk but its first and last is whole.
 
     `blocks`: which of the request's block ids, in order. `first`: the first one's position in its
