@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"vllm.versions", "vllm.lost_chunks", "vllm.worker_metadata", "vllm.stale_regions"},
     {"vllm.failed_stores"},
-    {"cli.models", "cli.output"},
+    {"cli.models", "cli.output", "cli.demo_model"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"slabs"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy"},
