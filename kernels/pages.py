@@ -14,8 +14,9 @@ import torch
 
 from . import compiling
 from .arguments import IdArray
+from .block_run import Direction, Ids, check_run, check_slots
 from .movers import gather_kernel, scatter_kernel
-from .table import Direction, Ids, PageTable, alignment_of, check_run, check_slots
+from .table import PageTable, alignment_of
 from .tiling import (
     KernelConfig,
     KernelSpec,

@@ -9,15 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .table import (
-    Direction,
-    Ids,
-    PageRow,
-    PageTable,
-    alignment_of,
-    check_run,
-    check_slots,
-)
+from .block_run import Direction, Ids, check_run, check_slots
+from .table import PageRow, PageTable, alignment_of
 
 Array: TypeAlias = Any
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_world import Bytes, Offer, Span, World
+from model_content import Bytes, Span
+from model_world import Offer, World
 
 from triton_offload.errors import (
     PendingKeyError,

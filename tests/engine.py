@@ -22,7 +22,8 @@ from typing import Any
 from families import make_model
 from faulty import FaultyDevice, fail
 
-from triton_offload.cli.demo import Engine, tiny_llama
+from triton_offload.cli.demo import Engine
+from triton_offload.cli.demo_model import tiny_llama
 
 OUTPUT_TOKENS = 24
 PRESSURE_TOKENS = 40

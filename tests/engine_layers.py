@@ -20,7 +20,8 @@ from engine import ALWAYS, FEW, FEW_TOKENS, Rounds, _surviving
 from faulty import FaultyDevice, fail
 from schedules import small_sizes
 
-from triton_offload.cli.demo import Engine, tiny_llama
+from triton_offload.cli.demo import Engine
+from triton_offload.cli.demo_model import tiny_llama
 from triton_offload.vllm.layer_loads import LayerLoads
 
 SLOW = 0.02  # seconds that a band takes longer than it would

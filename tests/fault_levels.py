@@ -62,7 +62,7 @@ class QueueWorld(FaultWorld):
 
     def check_idle(self) -> None:
         assert not self.queue._worker_of
-        assert not any(self.pipeline._jobs_of_lane.values())
+        assert not self.pipeline._jobs.of()
 
     def _store(self, group, chunks, blocks, first):
         slots = [self.slot_of(group, chunk) for chunk in chunks]

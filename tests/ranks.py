@@ -20,7 +20,8 @@ from engine import until_killed as engine_until_killed
 from faulty import fail
 from processes import of_session, shared_files
 
-from triton_offload.cli.demo import Engine, tiny_llama
+from triton_offload.cli.demo import Engine
+from triton_offload.cli.demo_model import tiny_llama
 
 RANKS = 2
 HOST_BYTES = 64 << 20

@@ -5,18 +5,16 @@ Each takes a seed and raises AssertionError (a race included) or Stuck where a r
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-import numpy as np
 import torch
+from random_program import RandomProgram
+from scenario_bench import Bench, bench
 from schedules import CROSSING_PATHS, HYBRID, NUM_BUFFERS, SINGLE
 
-from triton_offload.calibration import Path, PathTable
-from triton_offload.errors import ChecksumError, PoolFullError
-from triton_offload.job import OffloadJob
+from triton_offload.calibration import Path
+from triton_offload.errors import ChecksumError
 from triton_offload.offloader import KVOffloader
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import (
@@ -26,97 +24,12 @@ from triton_offload.specs import (
     TransferStatus,
 )
 from triton_offload.testing import Rates, SimulatedDevice
-from triton_offload.testing.engine import CacheShape, EngineMemory
+from triton_offload.testing.engine import CacheShape
 from triton_offload.testing.prefill import Prefill
-from triton_offload.testing.schedule import Stream
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.transfer.ranges import SLICE_BYTES
-
-SMALL = CacheShape()
-
-
-class Bench:
-    """A cache, a pool and a queue on a simulated device."""
-
-    def __init__(
-        self,
-        device: SimulatedDevice,
-        seed: int,
-        shape: CacheShape = SMALL,
-        paths: Path | PathTable = Path.STAGED,
-        *,
-        max_indices: int = 1,
-        window_chunks: int | None = None,
-    ) -> None:
-        self.device = device
-        self.rng = random.Random(seed)
-        self.memory = EngineMemory(device, shape)
-        size = self.memory.layout.slot_bytes
-        options = PipelineOptions(
-            paths=paths if isinstance(paths, PathTable) else PathTable(paths),
-            buffer_bytes=size,
-            num_buffers=NUM_BUFFERS,
-            max_indices=max_indices,
-            window_bytes=window_chunks and window_chunks * size,
-        )
-        self.queue = transfer_queue(self.memory.layout, self.memory.pool, options=options)
-        self._num_groups = len(self.memory.layout.groups)
-
-    def fill(self) -> None:
-        """Let the engine write every page."""
-        for block in range(self.memory.shape.num_blocks):
-            self.memory.write(0, [block], self.rng)
-
-    def store(
-        self, blocks: range, slots: range, *, group: int = 0, stream: Stream | None = None
-    ) -> int:
-        """Whole chunks, into fresh slots."""
-        pages, chunks = np.array(blocks), np.array(slots)
-        self.memory.model_store(group, pages, chunks, 0, np.ones(len(chunks), dtype=np.bool_))
-        spec = CPULoadStoreSpec(chunks, True)
-        return self.queue.transfer_async(self._pages(blocks, group), spec, stream=stream)
-
-    def load(
-        self,
-        blocks: range,
-        slots: range,
-        *,
-        expedited: bool = False,
-        stream: Stream | None = None,
-    ) -> int:
-        self.memory.model_load(0, np.array(blocks), np.array(slots), 0)
-        return self.queue.transfer_async(
-            CPULoadStoreSpec(slots), self._pages(blocks, 0), expedited=expedited, stream=stream
-        )
-
-    def end(self, *job_ids: int) -> dict[int, TransferResult]:
-        """Wait for these jobs; what was reported up to then."""
-        self.queue.wait(job_ids)
-        return {result.job_id: result for result in self.queue.get_finished()}
-
-    def poll(self, job_id: int) -> TransferResult:
-        """The job's result, as soon as it is reported, by a host that only asks."""
-        for _ in range(2000):
-            for result in self.queue.get_finished():
-                if result.job_id == job_id:
-                    return result
-            self.device.sleep(0.001)
-        raise AssertionError(f"job {job_id} was never reported")
-
-    def _pages(self, blocks: range, group: int) -> GPULoadStoreSpec:
-        sizes = [len(blocks) if g == group else 0 for g in range(self._num_groups)]
-        return GPULoadStoreSpec(blocks, sizes, [0] * self._num_groups)
-
-
-@contextmanager
-def bench(seed: int, shape: CacheShape = SMALL, **options: object) -> Iterator[Bench]:
-    """A bench whose pages are written, and on which everything is checked at the end."""
-    with SimulatedDevice(seed) as device:
-        made = Bench(device, seed, shape, **options)  # type: ignore[arg-type]
-        made.fill()
-        yield made
 
 
 def _compute_for_ever(bench: Bench) -> None:
@@ -358,7 +271,7 @@ def offloader(seed: int) -> None:
     with SimulatedDevice(seed) as device:
         pages = device.empty(16 * 32).view(16, 32)
         options = PipelineOptions(path=Path.STAGED, buffer_bytes=64, num_buffers=NUM_BUFFERS)
-        program = _Program(device, pages, rng)
+        program = RandomProgram(device, pages, rng)
         with KVOffloader([pages], 5 * 64, 2, options=options, device=device) as program.offloader:
             for _ in range(60):
                 program.step()
@@ -375,75 +288,6 @@ def before_the_pool_is_pinned(seed: int) -> None:
             job.block()
             assert job.result is not None
             assert job.result.success, f"the job failed: {job.result.error}"
-
-
-class _Program:
-    """Stores and loads chunks whose bytes tell their key."""
-
-    def __init__(self, device: SimulatedDevice, pages: torch.Tensor, rng: random.Random) -> None:
-        self.offloader: KVOffloader
-        self._device = device
-        self._pages = pages
-        self._rng = rng
-        self._jobs: list[tuple[OffloadJob, frozenset[int]]] = []  # and the blocks that it uses
-        self._blocks = itertools.cycle(range(0, 16, 2))
-
-    def step(self) -> None:
-        draw, offloader = self._rng.random(), self.offloader
-        keys = [bytes([i]) for i in self._rng.sample(range(1, 13), self._rng.randint(1, 2))]
-        if draw < 0.45:
-            self._store(keys)
-        elif draw < 0.8:
-            self._load([key for key in keys if offloader.lookup([key])])
-        elif draw < 0.9:
-            offloader.get_finished()
-        elif draw < 0.95 and self._jobs:
-            self._rng.choice(self._jobs)[0].block()
-        elif draw > 0.98:
-            offloader.reset()
-        offloader._manager._check()
-
-    def _store(self, keys: list[bytes]) -> None:
-        blocks = self._take_blocks(len(keys))
-        for key, block in zip(keys, blocks[::2], strict=True):
-            self._write(block, key[0])
-        if self._rng.random() < 0.1:
-            self._device.faults.in_run(self._rng.choice(("gather", "copy")))
-        with suppress(PoolFullError):
-            self._jobs.append((self.offloader.store(keys, blocks), frozenset(blocks)))
-
-    def _load(self, keys: list[bytes]) -> None:
-        if not keys:
-            return
-        blocks = self._take_blocks(len(keys))
-        job = self.offloader.load(keys, blocks)
-        self._jobs.append((job, frozenset(blocks)))
-        if self._rng.random() < 0.3:
-            job.block()
-            if job.result is not None and job.result.success:
-                for key, block in zip(keys, blocks[::2], strict=True):
-                    self._device.touch(reads=[self._pages[block : block + 2].view(-1)])
-                    found = self._pages[block : block + 2]
-                    assert (found == key[0]).all(), f"key {key[0]}: wrong bytes"
-
-    def _take_blocks(self, num_chunks: int) -> list[int]:
-        """The blocks that were used longest ago, once the jobs that use them are over."""
-        firsts = [next(self._blocks) for _ in range(num_chunks)]
-        blocks = [block for first in firsts for block in (first, first + 1)]
-        for job, used in self._jobs:
-            if not used.isdisjoint(blocks):
-                job.block()
-        self._jobs = [(job, used) for job, used in self._jobs if used.isdisjoint(blocks)]
-        return blocks
-
-    def _write(self, block: int, value: int) -> None:
-        page = self._pages[block : block + 2].view(-1)
-        self._device.launch(
-            "engine writes",
-            self._device.compute_stream,
-            writes=[page],
-            run=lambda: page.fill_(value),
-        )
 
 
 def flipped_bits(seed: int) -> None:

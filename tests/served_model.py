@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triton_offload.cli.demo import tiny_llama
+from triton_offload.cli.demo_model import tiny_llama
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()  # which stays as it is
 OUTPUT_TOKENS = 16

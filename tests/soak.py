@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from clients import Client
-from model_world import ONE_GROUP, OVERLAYS, Setting, World
+from model_content import ONE_GROUP, OVERLAYS, Setting
+from model_world import World
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table

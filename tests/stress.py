@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 
 import torch
 from clients import Client
-from model_world import Setting, World
+from model_content import Setting
+from model_world import World
 from soak import Counts, left_over, resources
 
 from triton_offload.calibration import Path

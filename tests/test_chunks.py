@@ -23,6 +23,7 @@ def test_the_masks_of_a_span_are_its_blocks(first: int, count: int, size: int) -
     expected = [sum(1 << position for position in chunk) for chunk in chunks if chunk]
     assert span.masks() == expected
     assert span.num_chunks == len(expected)
+    assert not count or span.is_whole == (set(expected) == {(1 << size) - 1})
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from terminal import columns
 
-from triton_offload.cli import demo
+from triton_offload.cli import demo, demo_model
 
 
 @dataclass
@@ -173,14 +173,14 @@ def test_without_vllm_the_demo_says_so(monkeypatch, capfd):
 
 
 def test_prompts_share_their_document_and_nothing_else(tmp_path):
-    prompts = demo.shared_prefix_prompts(tmp_path, 2, 3, 100)
+    prompts = demo_model.shared_prefix_prompts(tmp_path, 2, 3, 100)
     assert len(prompts) == 6
     text = ["".join(map(chr, prompt)) for prompt in prompts]
     documents = [prompt.split("Question:")[0] for prompt in text]
     assert len(set(documents)) == 2
     assert documents[0] == documents[1] == documents[2]
     assert len(set(text)) == 6
-    assert demo.shared_prefix_prompts(tmp_path, 2, 3, 100) == prompts
+    assert demo_model.shared_prefix_prompts(tmp_path, 2, 3, 100) == prompts
 
 
 def test_a_margin_is_what_the_best_token_is_ahead():
@@ -200,9 +200,9 @@ def test_poison_reaches_every_byte_of_the_caches_once():
 def test_without_its_weights_a_tiny_random_model_takes_the_small_ones_place(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     made = []
-    monkeypatch.setattr(demo, "tiny_llama", lambda path: made.append(path) or path)
-    name, path = demo.small_model(tmp_path)
+    monkeypatch.setattr(demo_model, "tiny_llama", lambda path: made.append(path) or path)
+    name, path = demo_model.small_model(tmp_path)
     assert (name, made) == ("tiny random Llama", [path])
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "tokenizer_config.json").touch()
-    assert demo.small_model(tmp_path) == ("SmolLM2-135M-Instruct", tmp_path / "smollm2-135m")
+    assert demo_model.small_model(tmp_path) == ("SmolLM2-135M-Instruct", tmp_path / "smollm2-135m")

@@ -6,7 +6,8 @@ import random
 
 import pytest
 from clients import Client
-from model_world import ONE_GROUP, OVERLAYS, PoolWatch, Setting, World
+from model_content import ONE_GROUP, OVERLAYS, Setting
+from model_world import PoolWatch, World
 
 from triton_offload.calibration import Path
 from triton_offload.testing import SimulatedDevice

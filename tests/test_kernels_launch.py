@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kernel_code import KERNELS, TARGETS
 
 from triton_offload.kernels import compiling, movers, pages
-from triton_offload.kernels.table import PageTable, check_run
+from triton_offload.kernels.block_run import check_run
+from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import (
     KernelConfig,
     choose_config,

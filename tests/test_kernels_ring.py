@@ -23,8 +23,9 @@ from kernel_code import KIB, TARGETS, nvidia_accesses, nvidia_registers_and_stac
 from page_cases import CASES, Case, Tensor, check
 
 from triton_offload.kernels import pages
+from triton_offload.kernels.block_run import Direction
 from triton_offload.kernels.compiling import compile_kernel
-from triton_offload.kernels.table import Direction, PageTable
+from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import (
     KernelConfig,
     KernelSpec,

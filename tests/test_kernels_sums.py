@@ -22,9 +22,10 @@ from kernel_code import CLASSES, KERNELS, TARGETS, nvidia_registers_and_stack, s
 from page_cases import CASES, SMALL, Case, Tensor, check
 
 from triton_offload.kernels import pages
+from triton_offload.kernels.block_run import check_run
 from triton_offload.kernels.compiling import compile_kernel
 from triton_offload.kernels.sums import sum_pages
-from triton_offload.kernels.table import PageTable, check_run
+from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import KernelConfig, choose_config, summing_config
 
 ROOT = Path(__file__).resolve().parent.parent

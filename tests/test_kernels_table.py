@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from triton_offload.kernels.block_run import check_ids, check_run
 from triton_offload.kernels.reference import gather_pages, scatter_pages
-from triton_offload.kernels.table import ByteRange, PageTable, check_ids, check_run
+from triton_offload.kernels.table import ByteRange, PageTable
 from triton_offload.kernels.tiling import KernelConfig
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob, TransferFailedError
 from triton_offload.kernels.table import PageTable
 from triton_offload.medium import ChunkSpec
-from triton_offload.offloader import KVOffloader, PoolFullError
+from triton_offload.offloader import KVOffloader
 from triton_offload.scheduler.manager import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.specs import CPULoadStoreSpec, LoadStoreSpec, TransferResult, TransferStatus
 from triton_offload.testing import SimulatedDevice

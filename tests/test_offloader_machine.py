@@ -19,7 +19,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from model_world import ONE_GROUP, OVERLAYS, Setting, Span, World
+from model_content import ONE_GROUP, OVERLAYS, Setting, Span
+from model_world import World
 
 from triton_offload.calibration import Path
 from triton_offload.testing import SimulatedDevice

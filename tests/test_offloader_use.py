@@ -46,11 +46,12 @@ def test_a_growing_prefix_that_is_stored_step_by_step_leaves_from_its_end(policy
                 assert kv.lookup([key]) == 0
 
 
-def test_a_store_of_known_keys_is_a_use_of_them() -> None:
+@pytest.mark.parametrize("again", [[ONE], [ONE, THREE]])
+def test_a_store_of_known_keys_is_a_use_of_them(again: list[bytes]) -> None:
     with offloader("arc", num_chunks=2) as kv:
         kv.store([ONE], [0]).wait()
         kv.store([TWO], [1]).wait()
-        kv.store([ONE], [0]).wait()  # used again: TWO and what comes after it leave before ONE
+        kv.store(again, range(len(again))).wait()  # TWO and what comes after it leave before ONE
         for i in range(4):
             kv.store([b"new%d" % i], [2]).wait()
             assert kv.lookup([ONE]) == 1

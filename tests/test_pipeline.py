@@ -20,7 +20,8 @@ from triton_offload.calibration import CUDA_PATHS, Path, PathTable
 from triton_offload.device.host import HostDevice
 from triton_offload.specs import CPULoadStoreSpec, Direction, TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
-from triton_offload.transfer.pipeline import Pipeline, PipelineOptions, _forget_frames
+from triton_offload.transfer.endings import forget_frames
+from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 
 paths = pytest.mark.parametrize("path", Path, ids=lambda path: path.value)
 SUCCESS, CANCELLED = TransferStatus.SUCCESS, TransferStatus.CANCELLED
@@ -444,7 +445,7 @@ def test_what_an_error_came_of_is_told_and_its_frames_are_gone():
     except RuntimeError as third:
         error = third
     for _ in range(2):  # an error may end several jobs
-        _forget_frames(error)
+        forget_frames(error)
     chain = [error, error.__cause__, error.__cause__.__context__]
     assert [str(each) for each in chain] == ["third", "'second'", "first"]
     assert [each.__traceback__ for each in chain] == [None] * 3
@@ -647,6 +648,15 @@ def test_a_table_of_paths_is_asked_where_no_path_is_given():
     world = PipelineWorld.build(SimulatedDevice(), paths=PathTable(Path.ZERO_COPY))
     world.finish(world.store(range(4), range(4)))
     assert (world.device.calls["gather"], world.device.calls["copy"]) == (1, 0)
+    world.close()
+
+
+def test_a_staging_buffer_holds_a_chunk_at_least():
+    options = {"path": Path.STAGED, "blocks_per_chunk": 4, "buffer_bytes": 64}
+    world = PipelineWorld.build(SimulatedDevice(2), pages=(64, 32), **options)
+    stored, before = world.store(range(8), range(2)), world.tensors[1][:8].clone()
+    world.finish(stored, world.load(range(8, 16), range(2)))
+    assert torch.equal(world.tensors[1][8:16], before)
     world.close()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stress
-from model_world import ONE_GROUP, Setting
+from model_content import ONE_GROUP, Setting
 
 from triton_offload import calibration, request, specs
 

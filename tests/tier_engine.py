@@ -22,7 +22,8 @@ from typing import Any
 from engine import FEW, FEW_TOKENS, one_by_one
 from faulty import FaultyDevice
 
-from triton_offload.cli.demo import Engine, tiny_llama
+from triton_offload.cli.demo import Engine
+from triton_offload.cli.demo_model import tiny_llama
 
 
 def _engine(

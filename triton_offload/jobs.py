@@ -9,19 +9,19 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from triton_offload.errors import ChecksumError
+from triton_offload.errors import ChecksumError, PoolFullError
 from triton_offload.job import OffloadJob
 from triton_offload.kernels.arguments import as_seconds, shown
 from triton_offload.ledger import Entry, JobLedger
 from triton_offload.medium import ChunkSpec
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.process_lock import ProcessLock
-from triton_offload.scheduler.manager import CPUOffloadingManager
+from triton_offload.scheduler.manager import CPUOffloadingManager, PrepareStoreOutput
 from triton_offload.scheduler.policies import Key
 from triton_offload.specs import Direction, Ids, TransferResult, TransferStatus
 from triton_offload.transfer.queue_manager import OffloadingQueueManager
@@ -42,6 +42,7 @@ class OffloadingJobs:
         self._lock = ProcessLock("offloader")
         self._ids = itertools.count(1)
         self._ledger = JobLedger()
+        self._evictions = 0
         self._closed = False  # no new jobs
         self._finalizer = weakref.finalize(self, _dropped, os.getpid(), queue, pool)
         # At exit the device ends its threads by itself; draining them first may take long.
@@ -118,6 +119,23 @@ class OffloadingJobs:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the offloader is closed")
+
+    def _reserve(
+        self, keys: Sequence[Key], masks: Sequence[int] | None, size: int
+    ) -> PrepareStoreOutput:
+        """Slots of this size for what of these chunks is to be stored."""
+        output = self._manager.prepare_store(keys, masks, size=size)
+        if output is None:
+            slabs = self._pool.slabs
+            raise PoolFullError(
+                f"host pool: expected room for {len(keys)} chunks, got a pool of "
+                f"{slabs.num_slabs * slabs.sizes[size].per_slab} and {self._manager.num_pinned} "
+                "chunks pinned by transfers"
+            )
+        if not output.all_new:  # new ones are the most recent already
+            self._manager.touch(keys)
+        self._evictions += len(output.evicted_keys)
+        return output
 
     def _submitting(
         self, direction: Direction, keys: Iterable[Key], slots: Ids, follows: Iterable[Key] = ()

@@ -10,15 +10,13 @@ import torch
 
 from triton_offload.calibration import Calibration, PathChoice
 from triton_offload.device import Device, device_for
-from triton_offload.errors import PoolFullError
 from triton_offload.job import OffloadJob
-from triton_offload.jobs import OffloadingJobs
 from triton_offload.kernels.arguments import shown
-from triton_offload.medium import ChunkSpec, check_kind, check_spec
+from triton_offload.medium_jobs import MediumJobs
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory
-from triton_offload.request import BlockIds, RequestReader
-from triton_offload.scheduler.chunks import ChunkSpan, runs_to_store
+from triton_offload.request import BlockIds
+from triton_offload.scheduler.chunks import ChunkSpan, StoreRun, runs_to_store
 from triton_offload.scheduler.manager import (
     CPUOffloadingManager,
     OffloadingEvent,
@@ -27,19 +25,17 @@ from triton_offload.scheduler.manager import (
 from triton_offload.scheduler.policies import Key, PolicyChoice
 from triton_offload.sizes import parse_bytes
 from triton_offload.slabs import Slabs
-from triton_offload.specs import CPULoadStoreSpec, Direction, Ids, LoadStoreSpec
+from triton_offload.specs import CPULoadStoreSpec, Direction, Ids
 from triton_offload.stats import OffloadingStats, SizeStats
-from triton_offload.transfer.function_worker import TransferFunction
 from triton_offload.transfer.layers import NamedLayers
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import Verify, check_verify
 from triton_offload.transfer.pipeline import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
-from triton_offload.transfer.worker import OffloadingWorker
 from triton_offload.tuning.calibrate import calibration_for
 
 
-class KVOffloader(OffloadingJobs):
+class KVOffloader(MediumJobs):
     """Offloads chunks of a KV cache to host memory under keys, and loads them back.
 
     Args:
@@ -117,11 +113,9 @@ class KVOffloader(OffloadingJobs):
         except BaseException:
             pool.close()
             raise
-        super().__init__(manager, queue, pool)
-        self._layout = layout
-        self._reader = RequestReader(layout)
+        super().__init__(layout, manager, queue, pool)
         self._layers = NamedLayers(layout, kv_caches if isinstance(kv_caches, Mapping) else None)
-        self._lookups = self._hits = self._evictions = 0
+        self._lookups = self._hits = 0
 
     @property
     def num_chunks(self) -> int:
@@ -159,14 +153,13 @@ class KVOffloader(OffloadingJobs):
             stored, span, ids = self._request(
                 keys, block_ids, first_block, group, stream, distinct=False
             )
-            output = self._reserve(stored, span.masks(), group)
+            masks = None if span.is_whole else span.masks()
+            output = self._reserve(stored, masks, self._layout.groups[group].size)
             spec = output.store_spec
             with self._submitting(
                 Direction.STORE, output.keys_to_store, spec.slot_ids, output.pending_keys
             ) as entry:
-                place = {key: i for i, key in enumerate(stored)}
-                chunks = [place[key] for key in output.keys_to_store]
-                runs = runs_to_store(span, chunks, output.blocks)
+                runs = _runs(stored, span, output)
                 for run in runs:
                     part = spec
                     if len(runs) > 1:
@@ -208,7 +201,8 @@ class KVOffloader(OffloadingJobs):
                 keys, block_ids, first_block, group, stream, distinct=True
             )
             parts, numbers = self._layers.read(layers, group)
-            spec = self._manager.prepare_load(stored, span.masks())
+            masks = None if span.is_whole else span.masks()
+            spec = self._manager.prepare_load(stored, masks)
             self._manager.touch(stored)
             with self._submitting(Direction.LOAD, stored, spec.slot_ids) as entry:
                 entry.job._layers = numbers
@@ -292,96 +286,6 @@ class KVOffloader(OffloadingJobs):
                 sizes=sizes,
             )
 
-    # -- a medium of the user's --
-
-    def register_worker(
-        self,
-        src_cls: type[LoadStoreSpec],
-        dst_cls: type[LoadStoreSpec],
-        worker: OffloadingWorker | TransferFunction,
-        num_threads: SupportsIndex = 1,
-    ) -> None:
-        """Let `worker` move chunks between the pool and a medium of your own, a disk say.
-
-        `src_cls`, `dst_cls`: `ChunkSpec` and a subclass of LoadStoreSpec of yours, which says where
-        chunks lie in your medium: `(ChunkSpec, YourSpec)` for `export_chunks`, `(YourSpec,
-        ChunkSpec)` for `import_chunks`.
-
-        `worker`: a function `(src_spec, dst_spec)`, called by `num_threads` threads of its own. It
-        reads `chunk.data` or calls `chunk.write` for each of the ChunkSpec's `chunks`, and returns
-        how many bytes it moved (True, None: not counted). False, anything else, and what it raises
-        end the job as failed. It may call the offloader, but neither close it nor wait for jobs
-        that its own threads have to run. For a medium with streams of its own, an
-        `OffloadingWorker`; the offloader shuts it down.
-
-        Raises TypeError or ValueError for wrong arguments, and for a second worker of a kind;
-        RuntimeError when closed.
-        """
-        with self._lock:
-            self._check_open()
-            check_kind(src_cls, dst_cls)
-            self._queue.register_worker(src_cls, dst_cls, worker, num_threads)
-
-    def export_chunks(
-        self, keys: Sequence[bytes], dst: LoadStoreSpec, *, group: int = 0
-    ) -> OffloadJob:
-        """Hand the chunks of `keys` to the worker of `(ChunkSpec, type(dst))`; return at once.
-
-        They stay in the pool, and are not evicted before the job has ended; it is no use of them
-        that would keep them longer. Of partial chunks the blocks that can be loaded now are handed
-        over (`Chunk.blocks`).
-
-        Raises UnknownKeyError, PendingKeyError, TypeError or ValueError, RuntimeError when closed;
-        nothing has changed then.
-        """
-        with self._lock:
-            self._check_open()
-            stored = self._reader.keys(keys, group)
-            check_spec("dst", dst)
-            self._collect()
-            # Any mask will do for what can't be loaded, and is refused by name.
-            masks = [self._manager.loadable_blocks(key) or 1 for key in stored]
-            slots = self._manager.prepare_load(stored, masks).slot_ids
-            with self._submitting(Direction.LOAD, stored, slots) as entry:
-                entry.chunks = self._chunks(stored, masks, slots, group, writing=False)
-                if stored:
-                    entry.transfers.add(self._queue.transfer_async(entry.chunks, dst))
-            return entry.job
-
-    def import_chunks(
-        self,
-        keys: Sequence[bytes],
-        src: LoadStoreSpec,
-        *,
-        blocks: Sequence[int] | None = None,
-        group: int = 0,
-    ) -> OffloadJob:
-        """Let the worker of `(type(src), ChunkSpec)` fill chunks of the pool; return at once.
-
-        They can be loaded when the job has ended well, which is when the worker wrote every one of
-        them; else those of the job are forgotten, but what the pool held before is there. `blocks`:
-        a bitmask per key, as `Chunk.blocks` of the export had it; None: whole chunks. What the pool
-        holds already is not asked for again (`ChunkSpec.chunks` has fewer chunks than `keys`, or
-        fewer blocks); what another job is storing, the job waits for.
-
-        Raises as `store` does, and TypeError for a `src` that is no spec of yours.
-        """
-        with self._lock:
-            self._check_open()
-            stored = self._reader.keys(keys, group)
-            check_spec("src", src)
-            self._queue._worker_for(type(src), ChunkSpec)  # raises before anything is evicted
-            self._collect()
-            output = self._reserve(stored, blocks, group)
-            slots = output.store_spec.slot_ids
-            with self._submitting(
-                Direction.STORE, output.keys_to_store, slots, output.pending_keys
-            ) as entry:
-                entry.chunks = self._chunks(entry.keys, output.blocks, slots, group, writing=True)
-                if entry.keys:
-                    entry.transfers.add(self._queue.transfer_async(src, entry.chunks))
-            return entry.job
-
     # -- under the lock --
 
     def _request(
@@ -406,31 +310,10 @@ class KVOffloader(OffloadingJobs):
         self._collect()
         return stored, span, ids
 
-    def _reserve(
-        self, keys: Sequence[Key], masks: Sequence[int] | None, group: int
-    ) -> PrepareStoreOutput:
-        """Slots for what of these chunks is to be stored."""
-        size = self._layout.groups[group].size
-        output = self._manager.prepare_store(keys, masks, size=size)
-        if output is None:
-            raise PoolFullError(
-                f"host pool: expected room for {len(keys)} chunks, got a pool of "
-                f"{self.num_chunks_of(group)} and {self._manager.num_pinned} chunks pinned by "
-                "transfers"
-            )
-        self._manager.touch(keys)
-        self._evictions += len(output.evicted_keys)
-        return output
 
-    def _chunks(
-        self, keys: Sequence[Key], masks: Sequence[int], slots: Ids, group: int, *, writing: bool
-    ) -> ChunkSpec:
-        keys, layout = self._reader.given(keys), self._layout.groups[group]
-        rows = self._pool.slabs.sizes[layout.size].rows(slots)
-        pool = self._pool.slots_of(layout.size)
-        sums = None
-        if self._queue.checksums is not None and not writing:
-            sums = [self._queue.checksums.of_slot(slot, group) for slot in slots.tolist()]
-        return ChunkSpec.of(
-            keys, masks, pool, rows, layout.table, group, writing=writing, sums=sums
-        )
+def _runs(keys: Sequence[Key], span: ChunkSpan, output: PrepareStoreOutput) -> list[StoreRun]:
+    """The runs of a store of these chunks."""
+    if output.all_new:  # the common store
+        return [StoreRun(slice(None), span.first, slice(None))] if keys else []
+    place = {key: i for i, key in enumerate(keys)}
+    return runs_to_store(span, [place[key] for key in output.keys_to_store], output.blocks)

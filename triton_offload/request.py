@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from triton_offload.kernels.arguments import as_integer
-from triton_offload.kernels.table import check_ids
+from triton_offload.kernels.block_run import check_ids
 from triton_offload.scheduler.chunks import ChunkSpan
 from triton_offload.scheduler.policies import Key
 from triton_offload.specs import GPULoadStoreSpec, Ids, as_ids

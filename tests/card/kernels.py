@@ -13,8 +13,9 @@ from card.machine import Counters, Function, Kind, Memory, Module
 from triton.backends.compiler import GPUTarget
 
 from triton_offload.kernels import compiling, pages
+from triton_offload.kernels.block_run import check_run
 from triton_offload.kernels.compiling import SUM_TYPES, compile_kernel
-from triton_offload.kernels.table import PageTable, check_run
+from triton_offload.kernels.table import PageTable
 from triton_offload.kernels.tiling import KernelConfig, KernelSpec
 
 

@@ -9,6 +9,7 @@ import scenarios
 from mutants.registry import Patch, instead, mutant, serving, together
 from triton_offload.specs import Direction
 from triton_offload.transfer.job import Job
+from triton_offload.transfer.jobs_under_way import JobsUnderWay
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.last_jobs import LastJobs
 from triton_offload.transfer.pipeline import Pipeline
@@ -57,12 +58,12 @@ def an_expedited_load_has_no_lane_of_its_own():
 
 def _without_order(keep: Callable[[str, Job], bool]) -> Patch:
     def make(order):
-        def order_some(self, name, slot_ids):
-            return [job for job in order(self, name, slot_ids) if keep(name, job)]
+        def order_some(self, lane, slot_ids):
+            return [job for job in order(self, lane, slot_ids) if keep(lane, job)]
 
         return order_some
 
-    return instead(Pipeline, "_order_on_slots", make)
+    return instead(JobsUnderWay, "before", make)
 
 
 @mutant("6", serving("staged"))

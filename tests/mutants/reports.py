@@ -11,6 +11,7 @@ from mutants.registry import instead, mutant, serving
 from triton_offload.offloader import KVOffloader
 from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.endings import Endings
+from triton_offload.transfer.jobs_under_way import JobsUnderWay
 from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.pipeline import Pipeline
@@ -161,7 +162,7 @@ def wait_consumes_results():
 
 @mutant("shutdown", scenarios.shutdown)
 def shutdown_drops_the_backlog():
-    return patch.object(Pipeline, "_unfinished", lambda self, name=None: [])
+    return patch.object(JobsUnderWay, "of", lambda self, lane=None: [])
 
 
 @mutant("shutdown", scenarios.shutdown)

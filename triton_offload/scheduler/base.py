@@ -35,7 +35,8 @@ class PrepareStoreOutput:
     `keys_to_store[i]` exactly the blocks whose bits are set in `blocks[i]` are to be written.
     `store_spec.fresh[i]` is False for a chunk that already holds other blocks, to be kept.
     `pending_keys` are not stored by this call, since an earlier store of them is under way (offer
-    them again after it; it may fail). Offered keys in neither list are held already.
+    them again after it; it may fail). Offered keys in neither list are held already. `all_new`: no
+    offered key was known, so that every block that was offered is to be stored, in fresh slots.
     """
 
     keys_to_store: tuple[Key, ...]
@@ -43,6 +44,7 @@ class PrepareStoreOutput:
     evicted_keys: tuple[Key, ...]
     blocks: tuple[int, ...]
     pending_keys: tuple[Key, ...]
+    all_new: bool
 
 
 class OffloadingManager(ABC):

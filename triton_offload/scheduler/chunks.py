@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 from triton_offload.kernels.arguments import as_integer
 
@@ -33,6 +34,11 @@ class ChunkSpan:
     def num_chunks(self) -> int:
         return -(-(self.first + self.num_blocks) // self.blocks_per_chunk) if self.num_blocks else 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has every block of its chunks."""
+        return self.first == 0 and self.num_blocks % self.blocks_per_chunk == 0
+
     def masks(self) -> list[int]:
         """Of each chunk, the blocks in the span: bit s for the block at position s."""
         full = (1 << self.blocks_per_chunk) - 1
@@ -44,8 +50,7 @@ class ChunkSpan:
         return masks
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRun:
+class StoreRun(NamedTuple):
     """A part of a store that is one run: every chunk but its first and last is whole.
 
     `blocks`: which of the request's block ids, in order. `first`: the first one's position in its
@@ -80,6 +85,20 @@ def runs_to_store(span: ChunkSpan, chunks: Sequence[int], masks: Sequence[int]) 
             stored.append(i)
             open_end = end == size
     return runs
+
+
+def check_masks(masks: Sequence[int], count: int, every_block: int) -> list[int]:
+    """So many masks, each of some of the blocks of `every_block`; raises ValueError."""
+    if len(masks) != count:
+        raise ValueError(f"blocks: expected {count} masks, got {len(masks)}")
+    try:
+        checked = list(map(operator.index, masks))  # numpy's integers overflow
+    except TypeError:
+        raise ValueError(f"blocks: expected integers as masks, got {list(masks)!r}") from None
+    if checked and (min(checked) < 1 or max(checked) > every_block):
+        wrong = next(mask for mask in checked if not 0 < mask <= every_block)
+        raise ValueError(f"blocks: expected masks of 1 to {every_block}, got {wrong}")
+    return checked
 
 
 def positions(mask: int) -> str:

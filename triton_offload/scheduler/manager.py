@@ -6,13 +6,10 @@ protects the slots it uses), carried out elsewhere, and completed here (which re
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Collection, Sequence, Set
 from itertools import takewhile
 from typing import SupportsIndex
-
-import numpy as np
 
 from triton_offload.errors import PendingKeyError, UnknownKeyError, UnwrittenBlocksError
 from triton_offload.kernels.arguments import as_integer
@@ -22,7 +19,7 @@ from triton_offload.scheduler.base import (
     OffloadingManager,
     PrepareStoreOutput,
 )
-from triton_offload.scheduler.chunks import positions
+from triton_offload.scheduler.chunks import check_masks, positions
 from triton_offload.scheduler.order import Key
 from triton_offload.scheduler.orphans import Orphans
 from triton_offload.scheduler.policies import PolicyChoice
@@ -93,9 +90,6 @@ class CPUOffloadingManager(OffloadingManager):
         self._storing: dict[Key, int] = {}  # blocks that the store under way writes
         self._loading: dict[Key, int] = {}  # number of loads under way
         self._orphans = Orphans()
-        # Specs of new chunks share its head: numpy takes 2 us to make so few flags anew.
-        self._all_fresh = np.ones(self._room.most_chunks, dtype=np.bool_)
-        self._all_fresh.flags.writeable = False
         self._events: list[OffloadingEvent] | None = [] if enable_events else None
 
     @property
@@ -133,7 +127,8 @@ class CPUOffloadingManager(OffloadingManager):
         return self._loadable(key) if key in self._slot_of else 0
 
     def lookup(self, keys: Sequence[Key], blocks: Sequence[int] | None = None) -> int:
-        return self._lookup(keys, None if blocks is None else self._masks(keys, blocks))
+        masks = None if blocks is None else check_masks(blocks, len(keys), self._every_block)
+        return self._lookup(keys, masks)
 
     def _lookup(self, keys: Sequence[Key], masks: Sequence[int] | None) -> int:
         """`lookup` with checked masks; None: any block of a chunk will do."""
@@ -165,7 +160,7 @@ class CPUOffloadingManager(OffloadingManager):
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None, *, size: int = 0
     ) -> PrepareStoreOutput | None:
         """`size`: which of the pool's sizes the slots of these chunks have, and always have."""
-        to_write = self._blocks_offered(keys, blocks)
+        to_write = self._offered(keys, blocks)
         known = self._slot_of.keys() & to_write.keys()
         extended: Sequence[Key] = ()
         pending: Sequence[Key] = ()
@@ -183,11 +178,12 @@ class CPUOffloadingManager(OffloadingManager):
 
         keys_to_store = tuple(to_write)
         new = [key for key in to_write if key not in known] if extended else keys_to_store
-        slots, fresh = self._room.place(new, size), self._all_fresh[:num_new]
+        slots = self._room.place(new, size)
         self._policy.admit(new)
+        fresh: bool | list[bool] = True
         if extended:
             slots = [self._slot_of[key] for key in to_write]
-            fresh = np.array([key not in known for key in to_write])
+            fresh = [key not in known for key in to_write]
             self._room.pin([key for key in extended if key not in loading])
         if known:
             self._room.use(known)
@@ -195,10 +191,11 @@ class CPUOffloadingManager(OffloadingManager):
         self._storing.update(to_write)
         return PrepareStoreOutput(
             keys_to_store=keys_to_store,
-            store_spec=CPULoadStoreSpec(np.array(slots, dtype=np.int64), fresh),
+            store_spec=CPULoadStoreSpec(slots, fresh),
             evicted_keys=tuple(evicted),
             blocks=tuple(to_write.values()),
             pending_keys=tuple(pending),
+            all_new=not known,
         )
 
     def _note_evicted(self, keys: Sequence[Key]) -> None:
@@ -206,12 +203,13 @@ class CPUOffloadingManager(OffloadingManager):
             self._partial.pop(key, None)
         self._record(keys, removed=True)
 
-    def _blocks_offered(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> dict[Key, int]:
+    def _offered(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> dict[Key, int]:
         """The mask of each key, in their order."""
         if blocks is None:
             offered = dict.fromkeys(keys, self._every_block)
         else:
-            offered = dict(zip(keys, self._masks(keys, blocks), strict=True))
+            masks = check_masks(blocks, len(keys), self._every_block)
+            offered = dict(zip(keys, masks, strict=True))
         if len(offered) != len(keys):
             raise _named_twice(keys)
         return offered
@@ -297,17 +295,20 @@ class CPUOffloadingManager(OffloadingManager):
     def prepare_load(
         self, keys: Sequence[Key], blocks: Sequence[int] | None = None
     ) -> CPULoadStoreSpec:
-        masks, loading = self._masks(keys, blocks), self._loading
-        if (length := self._lookup(keys, masks)) < len(keys):
-            raise self._refusal(keys[length], masks[length])
-        storing, idle = self._storing, []
+        if blocks is None:
+            blocks = [self._every_block] * len(keys)
+        else:
+            blocks = check_masks(blocks, len(keys), self._every_block)
+        if (length := self._lookup(keys, blocks)) < len(keys):
+            raise self._refusal(keys[length], blocks[length])
+        storing, loading, idle = self._storing, self._loading, []
         for key in keys:
             num_loads = loading.get(key, 0)
             if not num_loads and key not in storing:
                 idle.append(key)
             loading[key] = num_loads + 1
         self._room.pin(idle)
-        return CPULoadStoreSpec(np.array([self._slot_of[key] for key in keys], dtype=np.int64))
+        return CPULoadStoreSpec([self._slot_of[key] for key in keys])
 
     def complete_load(self, keys: Sequence[Key], *, slots: Sequence[int] | None = None) -> None:
         older = self._orphans or None
@@ -357,21 +358,6 @@ class CPUOffloadingManager(OffloadingManager):
             known.clear()
         self._policy.clear()
         self._record(dropped, removed=True)
-
-    def _masks(self, keys: Sequence[Key], blocks: Sequence[int] | None) -> Sequence[int]:
-        """One valid mask per key."""
-        if blocks is None:
-            return [self._every_block] * len(keys)
-        if len(blocks) != len(keys):
-            raise ValueError(f"blocks: expected {len(keys)} masks, got {len(blocks)}")
-        try:
-            masks = list(map(operator.index, blocks))  # numpy's integers overflow
-        except TypeError:
-            raise ValueError(f"blocks: expected integers as masks, got {list(blocks)!r}") from None
-        if masks and (min(masks) < 1 or max(masks) > self._every_block):
-            wrong = next(mask for mask in masks if not 0 < mask <= self._every_block)
-            raise ValueError(f"blocks: expected masks of 1 to {self._every_block}, got {wrong}")
-        return masks
 
     def _record(self, keys: Sequence[Key], removed: bool) -> None:
         if keys and self._events is not None:

@@ -46,6 +46,8 @@ class SlotContents:
         # slot held; the last two columns are those of _MIXED and _ZEROS.
         edges = np.array([[not _fills(group, layout), False] for group in layout.groups])
         self._leaves = np.hstack([layout.leaves_stale, edges])
+        #: by group: whether one leaves none, whatever the slot held
+        self._covers = [not leaves.any() for leaves in self._leaves]
 
     def store(self, run: GroupRun) -> SlotMarks:
         """A store of this run is queued now: what it must clear. From here on its slots hold it."""
@@ -53,12 +55,11 @@ class SlotContents:
         for old, new in self._cuts.use(run.group.size, run.slot_ids):
             unused = (self._holder[old] == _ZEROS).all()
             self._holder[new] = _ZEROS if unused else _MIXED
+        if not partial and self._covers[group]:
+            self._hold(run, group)  # the common store: whole chunks, each all of its slot
+            return SlotMarks()
         holder = self._holder[run.slot_ids]
         stale = self._leaves[group][holder]
-        all_fresh = run.fresh is not None and np.count_nonzero(run.fresh) == len(holder)
-        if all_fresh and not partial and not run.group.has_gaps:
-            self._hold(run, group)  # the common store: whole chunks in fresh slots
-            return SlotMarks(stale=_places(stale))
         fresh = np.zeros(len(holder), dtype=np.bool_) if run.fresh is None else run.fresh
         alone = fresh | (holder == _ZEROS) | (holder == group)
         self._hold(run, np.where(alone, group, _MIXED))

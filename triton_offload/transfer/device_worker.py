@@ -116,7 +116,7 @@ class DeviceWorker(OffloadingWorker):
         pipeline = self._pipeline
         with self._lock, pipeline._lock:
             pipeline._check()
-            jobs = [*pipeline._unfinished(), *pipeline._finished[self._direction]]
+            jobs = [*pipeline._jobs.of(), *pipeline._finished[self._direction]]
             known = {job.job_id for job in jobs if job.direction is self._direction}
             assert self._jobs.keys() == known
 

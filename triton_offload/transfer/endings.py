@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import suppress
 
-from triton_offload.device.base import Device, Event
+from triton_offload.device.base import WHERE, Device, Event
 from triton_offload.errors import DeviceLostError
 from triton_offload.transfer.job import Job
 from triton_offload.transfer.lane_streams import LaneStreams
@@ -73,3 +74,19 @@ class Endings:
         with suppress(Exception):  # where the device is lost after all, draining returns at once
             self._streams.close_streams()
             self._drained = True
+
+
+def forget_frames(error: BaseException) -> None:
+    """Whoever keeps a failed job's result keeps where it failed, as a note, but not the frames:
+    they and their callers' hold buffers, pool and pages."""
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None:
+            if each.__traceback__ is not None:
+                where = "".join(traceback.format_tb(each.__traceback__))
+                each.__traceback__ = None
+                notes: list[str] = getattr(each, "__notes__", [])
+                if not any(note.startswith(WHERE) for note in notes):  # it may end several jobs
+                    each.add_note(WHERE + where)
+            left += [each.__cause__, each.__context__]

@@ -74,6 +74,12 @@ class Job:
             return self.landed[self.run_of_layer[layer]]
         return self.released if self.queued else None
 
+    def let_go(self) -> None:
+        """Of what it moved, once it is finished: who keeps the job keeps its result alone."""
+        self.runs, self.start, self.end, self.last = [], None, None, None
+        self.landed.clear()
+        self.before, self.sums = (), []
+
 
 class Planned(NamedTuple):
     """What one segment is made of, and the path that it is to cross by."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 
 from triton_offload.calibration import Path, PathTable
 from triton_offload.closing import Closing
 from triton_offload.device.base import Device, Event, Stream
-from triton_offload.errors import ChecksumError, DeviceLostError
-from triton_offload.specs import Direction, TransferResult, TransferStatus
+from triton_offload.errors import DeviceLostError
+from triton_offload.specs import Direction
 from triton_offload.transfer.checksums import Checksums
 from triton_offload.transfer.contents import SlotContents, SlotMarks
 from triton_offload.transfer.endings import Endings
@@ -18,6 +17,7 @@ from triton_offload.transfer.job import InFlight, Job, Planned
 from triton_offload.transfer.lane_paths import LanePaths
 from triton_offload.transfer.lane_streams import LaneStreams
 from triton_offload.transfer.layout import GroupRun
+from triton_offload.transfer.results import prove, result_of
 from triton_offload.transfer.segment import Gate, Segment
 from triton_offload.transfer.staging import IndexRing
 from triton_offload.transfer.sum_memory import SumMemory
@@ -373,40 +373,13 @@ class Lane:
         """Ordering rule 9: its last event was reached, or the device is lost."""
         job.finished = True
         if self._checksums is not None and not job.cancelled:
-            self._prove(job, self._checksums)
-        if job.cancelled:
-            job.result = TransferResult(job.job_id, TransferStatus.CANCELLED)
-        elif job.error is not None:
-            job.result = TransferResult(job.job_id, TransferStatus.FAILED, error=job.error)
-        else:
-            seconds = 0.0
-            with suppress(Exception):  # the bytes have landed
-                seconds = self._device.elapsed(job.start, job.end) if job.start else 0.0
-            job.result = TransferResult(
-                job.job_id,
-                TransferStatus.SUCCESS,
-                job.num_bytes,
-                seconds,
-                bytes_by_path=tuple([(path.value, part) for path, part in job.by_path.items()]),
-                queue_seconds=job.queue_seconds,
-            )
+            prove(job, self._checksums)
+        job.result = result_of(job, self._device)
         if job.error is not None:
             self.streams.distrust()
         self._doubt(job)
-        # Who keeps the job keeps its result, and no memory that was moved.
-        job.runs, job.start, job.end, job.last = [], None, None, None
-        job.landed.clear()
-        job.before, job.sums = (), []
+        job.let_go()
         self.finished.append(job)
-
-    def _prove(self, job: Job, checksums: Checksums) -> None:
-        """Keep a store's sums; a load that does not bring what was stored has failed."""
-        if self.direction is Direction.STORE:
-            checksums.store(job.runs, job.sums if job.error is None else ())
-        elif job.error is None:
-            wrong = checksums.wrong_slots(job.sums)
-            if wrong:
-                job.error = ChecksumError(wrong)
 
     def _check(self) -> None:
         """Asserts that every job is in one place, in order, and that all is counted."""

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from triton_offload.kernels.arguments import shown
+from triton_offload.kernels.block_run import check_ids
 from triton_offload.kernels.fragments import Fragment, fragment_table
-from triton_offload.kernels.table import ByteRange, PageTable, check_ids, merged_ranges
+from triton_offload.kernels.table import ByteRange, PageTable, merged_ranges
 from triton_offload.slabs import Slabs
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 

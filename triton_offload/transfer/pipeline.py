@@ -20,24 +20,22 @@ from __future__ import annotations
 
 import logging
 import threading
-import traceback
 import weakref
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 from typing import cast
 
-from triton_offload.calibration import Path, PathTable
+from triton_offload.calibration import Path
 from triton_offload.device import Device
-from triton_offload.device.base import WHERE, Event, Stream
+from triton_offload.device.base import Event, Stream
 from triton_offload.device.deferred import Deferred
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, Ids
 from triton_offload.transfer.checksums import Checksums
-from triton_offload.transfer.contents import SlotContents
+from triton_offload.transfer.endings import forget_frames
 from triton_offload.transfer.job import Job
-from triton_offload.transfer.lane import Lane
-from triton_offload.transfer.lane_streams import LaneStreams
-from triton_offload.transfer.last_jobs import LastJobs
+from triton_offload.transfer.jobs_under_way import JobsUnderWay
+from triton_offload.transfer.lanes import LANES, open_lanes
 from triton_offload.transfer.layers import Layers
 from triton_offload.transfer.layout import CacheLayout, GroupLayout, place
 from triton_offload.transfer.options import PipelineOptions as PipelineOptions
@@ -46,13 +44,6 @@ _log = logging.getLogger(__name__)
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
 _POLL_SECONDS = 0.0005
-
-#: the lanes, and the direction of their jobs
-LANES = {
-    "store": Direction.STORE,
-    "load": Direction.LOAD,
-    "expedited": Direction.LOAD,
-}
 
 
 class Pipeline:
@@ -88,52 +79,20 @@ class Pipeline:
         self._shutting_down = threading.RLock()
         self._layout: CacheLayout | None = layout  # None: no new jobs
         self._slabs = pool.slabs
-        table = options.paths or self._device.default_paths
-        if options.path is not None:
-            table = PathTable(Path(options.path))
-        buffer_bytes = max(
-            options.buffer_bytes, max(group.packed.slot_bytes for group in layout.groups)
-        )
-        contents = SlotContents(layout, pool.slabs, other_writers=pool.has_other_writers)
         #: None: nobody asked for sums
         self.checksums: Checksums | None = None
-        proved = {"off": (), "store": (Direction.STORE,), "load": tuple(Direction)}[options.verify]
-        if proved:
+        if options.verify != "off":
             self.checksums = Checksums(layout, pool.slabs)
-        self._last_jobs = LastJobs(LANES, pool.slabs)
-        self._jobs_of_lane: dict[str, dict[int, Job]] = {name: {} for name in LANES}
+        self._jobs = JobsUnderWay(pool.slabs)
         self._finished: dict[Direction, list[Job]] = {direction: [] for direction in Direction}
-        self._lanes: dict[str, Lane] = {}  # those that are not closed
+        # Those that are not closed.
+        self._lanes = open_lanes(lanes, self._device, layout, pool, options, self.checksums)
         self._told_lost = False
         with ExitStack() as undo:
             dropped = ExitStack()  # without `shutdown`: nothing may go that is still in use
-            for name in lanes:
-                direction = LANES[name]
-                # Ordering rule 4: every lane has its own ring, so that none starves another.
-                streams = LaneStreams(
-                    self._device,
-                    layout,
-                    pool,
-                    direction,
-                    f"triton-offload-{name}",
-                    num_buffers=options.num_buffers,
-                    buffer_bytes=buffer_bytes,
-                    sums=direction in proved,
-                )
-                undo.callback(streams.close)
-                dropped.callback(streams.close)
-                self._lanes[name] = Lane(
-                    name,
-                    direction,
-                    self._device,
-                    streams,
-                    table,
-                    blocks_per_chunk=layout.blocks_per_chunk,
-                    max_indices=options.max_indices,
-                    window_bytes=options.window_bytes,
-                    contents=contents if direction is Direction.STORE else None,
-                    checksums=self.checksums if direction in proved else None,
-                )
+            for lane in self._lanes.values():
+                undo.callback(lane.streams.close)
+                dropped.callback(lane.streams.close)
             self._feeder = self._device.background(
                 "triton-offload-feeder", self._feed, dropped.close
             )
@@ -179,11 +138,10 @@ class Pipeline:
             run_of_layer: tuple[int, ...] = ()
             if layers is not None:
                 runs, run_of_layer = layers.cut(runs, self._prepare_loads)
-            after = self._order_on_slots(name, host_spec.slot_ids)
+            after = self._jobs.before(name, host_spec.slot_ids)
             job = self._lanes[name].submit(job_id, runs, compute, after)
             job.run_of_layer = run_of_layer
-            self._last_jobs.note(name, host_spec.slot_ids, job.sequence)
-            self._jobs_of_lane[name][job.sequence] = job
+            self._jobs.add(job, host_spec.slot_ids)
             self._pump()
             if any(lane.has_backlog for lane in self._lanes.values()):
                 self._feeder.wake()
@@ -248,7 +206,7 @@ class Pipeline:
         `writing` those that read them too. Slots that the pool does not have are nobody's."""
         known = slot_ids[(slot_ids >= 0) & (slot_ids < self._slabs.num_slots)]
         with self._lock:
-            jobs = self._order_on_slots("store" if writing else "load", known)
+            jobs = self._jobs.before("store" if writing else "load", known)
         for job in jobs:
             self.wait(job)
 
@@ -316,7 +274,7 @@ class Pipeline:
         try:
             with self._lock:
                 self._layout = None
-                for job in self._unfinished():
+                for job in self._jobs.of():
                     self.cancel(job)
                 names = list(self._lanes)
             with ExitStack() as rest:
@@ -329,7 +287,9 @@ class Pipeline:
     # -- a lane's end --
 
     def _close_lane(self, name: str, deadline: float | None, timeout: float | None) -> None:
-        for job in self._unfinished(name):
+        with self._lock:
+            jobs = self._jobs.of(name)
+        for job in jobs:
             self._wait(job, deadline, timeout)
         self._lanes[name].close()
         with self._lock:
@@ -355,20 +315,18 @@ class Pipeline:
                 lane.streams.prepare(parts)
 
     def _can_cancel(self, job: Job) -> bool:
-        ours = self._jobs_of_lane[job.lane].get(job.sequence) is job
-        return ours and self._lanes[job.lane].can_cancel(job)
+        return job in self._jobs and self._lanes[job.lane].can_cancel(job)
 
     def _pump(self) -> None:
         for name, lane in self._lanes.items():
             if not lane.is_busy:
                 continue
             lane.pump()
-            jobs = self._jobs_of_lane[name]
             for job in lane.finished:
-                del jobs[job.sequence]
+                self._jobs.remove(job)
                 self._finished[job.direction].append(job)
                 if job.error is not None:
-                    _forget_frames(job.error)
+                    forget_frames(job.error)
             lane.finished.clear()
             if lane.lost is not None and not self._told_lost:
                 self._told_lost = True
@@ -380,26 +338,6 @@ class Pipeline:
                     repr(lane.lost),
                 )
 
-    def _order_on_slots(self, name: str, slot_ids: Ids) -> list[Job]:
-        """Ordering rule 6: the jobs that must be done with these slots first."""
-        after: list[Job] = []
-        if len(slot_ids) == 0:
-            return after
-        self._last_jobs.use(slot_ids)
-        for other in list(self._lanes) if name == "store" else ["store"]:
-            under_way = self._jobs_of_lane[other]
-            if under_way:
-                job = under_way.get(self._last_jobs.on(other, slot_ids))
-                if job is not None:
-                    after.append(job)
-        return after
-
-    def _unfinished(self, name: str | None = None) -> list[Job]:
-        """The jobs of a lane that are not finished; None: of all of them."""
-        with self._lock:
-            names = [*LANES] if name is None else [name]
-            return [job for name in names for job in self._jobs_of_lane[name].values()]
-
     def _check(self) -> None:
         """Asserts what holds between two calls: of every lane, and of every job in it."""
         with self._lock:
@@ -408,8 +346,8 @@ class Pipeline:
                 assert not lane.finished
                 under_way = {work.job.sequence for work in lane._in_flight if work.ends}
                 under_way.update(job.sequence for job in lane._backlog)
-                assert self._jobs_of_lane[name].keys() == under_way, "a job is lost"
-                self._last_jobs._check(name, lane._sequence)
+                assert {job.sequence for job in self._jobs.of(name)} == under_way, "a job is lost"
+                self._jobs._check(name, lane._sequence)
                 if lane._contents is not None:
                     lane._contents._check()
             ended = [job for jobs in self._finished.values() for job in jobs]
@@ -447,19 +385,3 @@ class Pipeline:
 
 def _pinned(pool: HostPool | None) -> bool:
     return pool is None or pool.pinned
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Whoever keeps a failed job's result keeps where it failed, as a note, but not the frames:
-    they and their callers' hold buffers, pool and pages."""
-    left: list[BaseException | None] = [error]
-    while left:
-        each = left.pop()
-        if each is not None:
-            if each.__traceback__ is not None:
-                where = "".join(traceback.format_tb(each.__traceback__))
-                each.__traceback__ = None
-                notes: list[str] = getattr(each, "__notes__", [])
-                if not any(note.startswith(WHERE) for note in notes):  # it may end several jobs
-                    each.add_note(WHERE + where)
-            left += [each.__cause__, each.__context__]
