@@ -5,6 +5,7 @@ Imports vllm: for the tests of the plug-in alone.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
     build_offloading_config,
     get_offloading_group_ids,
@@ -24,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
 from vllm.v1 import kv_cache_interface as specs
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from triton_offload.vllm import TritonOffloadingSpec
+from triton_offload.vllm import TritonOffloadingConnector, TritonOffloadingSpec
 
 _PLANNING = "kv_cache_utils" if vllm.__version__.startswith("0.32") else "kv_cache_planning"
 _planning = importlib.import_module(f"vllm.v1.core.{_PLANNING}")
@@ -80,6 +82,26 @@ class LaidOut:
         connector = OffloadingConnectorWorker(spec, self.engine_config, self.placed)
         connector.register_kv_caches(self.caches)
         return connector.worker
+
+    def connector(self, role: Any, **options: Any) -> Any:
+        """Our connector, as an engine makes it: a scheduler's, or a rank's with the caches."""
+        transfer = self.engine_config.kv_transfer_config
+        extra = {**transfer.kv_connector_extra_config, **options}
+        ours = KVTransferConfig(
+            kv_connector="TritonOffloadingConnector",
+            kv_connector_module_path="triton_offload.vllm",
+            kv_load_failure_policy="recompute",
+            kv_role="kv_both",
+            kv_connector_extra_config=extra,
+        )
+        config = copy.copy(self.engine_config)
+        config.kv_transfer_config = ours
+        if role is KVConnectorRole.SCHEDULER:
+            placed = _planning.generate_scheduler_kv_cache_config([self.placed])
+            return TritonOffloadingConnector(config, role, placed)
+        connector = TritonOffloadingConnector(config, role, self.placed)
+        connector.register_kv_caches(self.caches)
+        return connector
 
     def places(self, layer: str) -> torch.Tensor:
         """`[num_blocks, n]`: where in the memory the bytes lie that the model has of each block."""

@@ -6,8 +6,9 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import mmap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -27,10 +28,12 @@ from triton_offload.device import Device, device_for
 from triton_offload.pool import shared_memory
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory, check_room
+from triton_offload.slabs import Slabs
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.group_slots import GroupSlotManager
 from triton_offload.vllm.metrics import DEFINITIONS
 from triton_offload.vllm.options import read_options
 from triton_offload.vllm.stale_regions import remove_stale_regions
@@ -48,6 +51,12 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     #: whether tiers read and write the pool, too: the scheduler maps the region by its name
     has_tiers: ClassVar[bool] = False
+
+    #: bytes that each group has of a block, on one rank, where its slots are as large; None: a slot
+    #: has all of a block, as vLLM's
+    group_bytes: tuple[int, ...] | None = None
+    #: then, how each rank's pool is cut
+    slabs: Slabs | None = None
 
     _worker: Any
 
@@ -77,7 +86,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # It has to be said before the sizes are worked out. Canonical chunks are those of all.
         if config.replicated_layout and not config.canonical_layout:
             config = dataclasses.replace(config, replicated_layout=False)
-        _check_stages(config)  # before what may be wrong with one rank alone: all ranks take part
+        # Before what may be wrong with one rank alone: all ranks take part.
+        _check_stages(config, "equally many bytes of KV cache", config.worker_kv_bytes_per_block)
         super().__init__(config)
         if self.num_chunks < 1:
             raise ValueError(
@@ -89,6 +99,49 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
         """vLLM's metrics by name, and this package's."""
         return {**super().build_metric_definitions(extra_config), **DEFINITIONS}
+
+    def size_slots(self, group_bytes: Sequence[int] | None) -> None:
+        """Have slots that are as large as each group needs.
+
+        `group_bytes`: what each group has of a block, on every rank; None: all of it. To be called
+        on the scheduler and on all ranks, before a manager or a worker is made. Raises ValueError
+        where ranks differ, and where the largest slot has no room.
+        """
+        _check_stages(self.config, "groups of as many bytes of KV cache", group_bytes)
+        if group_bytes is None:
+            return
+        ranks = self.config.parallel.world_size
+        # A rank's part of the region begins at a page, so that it can be pinned.
+        part = self.extra_config["cpu_bytes_to_use"] // ranks // mmap.PAGESIZE * mmap.PAGESIZE
+        sizes = [num_bytes * self.blocks_per_chunk for num_bytes in dict.fromkeys(group_bytes)]
+        try:
+            self.slabs = Slabs.fit(part, sizes)
+        except ValueError as error:
+            raise ValueError(str(error).replace("host_bytes", "cpu_bytes_to_use")) from error
+        self.group_bytes = tuple(group_bytes)
+        self.num_chunks = self.slabs.most_chunks
+        if hasattr(self, "cpu_info"):  # since 0.33
+            self.cpu_info = self._pool_info(self.cpu_info, self.slabs.num_bytes * ranks)
+
+    def get_manager(self) -> Any:
+        """vLLM's CPUOffloadingManager, made on the first call; with slots of several sizes, one
+        that knows of them."""
+        if self._manager is None and self.slabs is not None and len(self.slabs.sizes) > 1:
+            assert self.group_bytes is not None
+            numbers = {num_bytes: i for i, num_bytes in enumerate(dict.fromkeys(self.group_bytes))}
+            groups = zip(self.config.groups, self.group_bytes, strict=True)
+            options = _taken(
+                vllm_spec.CPUOffloadingManager,
+                cache_policy=self.eviction_policy,
+                cache_policy_module_path=self.cache_policy_module_path,
+                enable_events=self.kv_events_config.enable_kv_cache_events,
+                store_threshold=int(self.extra_config.get("store_threshold", 0)),
+                max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
+                info=getattr(self, "cpu_info", None),
+            )
+            size_of_group = {group.group_id: numbers[num_bytes] for group, num_bytes in groups}
+            self._manager = GroupSlotManager(self.slabs, size_of_group, **options)
+        return super().get_manager()
 
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         """The worker of this rank, made on the first call.
@@ -102,7 +155,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         _check_hits()
-        _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
+        if self.group_bytes is None:
+            _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = self._lay_out(kv_caches)
         resources = Closing()
         try:
@@ -116,7 +170,16 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def _lay_out(self, kv_caches: Any) -> CacheLayout:
         """Where the pages lie in a slot, which is this rank's alone."""
-        layout = _layout(kv_caches, self.blocks_per_chunk)
+        layout = _layout(kv_caches, self.blocks_per_chunk, packed=self.group_bytes is not None)
+        if self.group_bytes is not None:
+            expected = [num_bytes * self.blocks_per_chunk for num_bytes in self.group_bytes]
+            found = [group.table.slot_bytes for group in layout.groups]
+            if found != expected:
+                raise ValueError(
+                    f"kv_caches: expected chunks of {expected} bytes, by group, as the scheduler "
+                    f"has slots for, got {found}"
+                )
+            return layout
         if layout.slot_bytes > self.cpu_page_size_per_worker:
             raise ValueError(
                 f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
@@ -148,9 +211,14 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return TritonOffloadingWorker(queue, pool, layout, resources)
 
     def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
+        num_slots, slot_bytes = self.num_chunks, self.cpu_page_size_per_worker
+        sizes: Sequence[int] = ()
+        if self.slabs is not None:
+            num_slots, slot_bytes = self.slabs.num_slabs, self.slabs.slab_bytes
+            sizes = layout.slot_sizes
         if not self._uses_shared_region():
             try:
-                pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+                pool = HostPool.allocate(device, num_slots, slot_bytes, sizes)
             except ValueError as error:  # more than there is: what vLLM's users call it
                 message = str(error).replace("host_bytes", "cpu_bytes_to_use")
                 raise ValueError(message) from error
@@ -158,6 +226,14 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             return pool
         region = self._create_region()
         resources.callback(_release, region)
+        if self.slabs is not None:
+            # A part of its own for each rank, one after the other, which nobody else reads. The
+            # pool pins it, in the background.
+            part = region.create_next_worker_view(self.slabs.num_bytes).view(torch.uint8)
+            slots = part.view(num_slots, slot_bytes)
+            pool = HostPool(device, slots, owned=True, pinned=False, sizes=sizes)
+            resources.callback(pool.close)
+            return pool
         if PIN_MEMORY:
             alone = not self.config.canonical_layout
             _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=alone)
@@ -170,19 +246,46 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         pool.has_other_writers = self.has_tiers
         return pool
 
+    def _pool_info(self, info: Any, num_bytes: int) -> Any:
+        """vLLM's facts of the pool, of slots that differ in size."""
+        tokens = None
+        length = self.config.model.max_model_len
+        if info.cpu_kv_cache_size_tokens is not None:
+            request_bytes = 0
+            for group, block_bytes in zip(self.config.groups, self.group_bytes or (), strict=True):
+                chunks = -(-length // (group.tokens_per_block * self.blocks_per_chunk))
+                window = group.sliding_window_size_in_chunks
+                chunks = chunks if window is None else min(chunks, window)
+                request_bytes += chunks * block_bytes * self.blocks_per_chunk
+            tokens = num_bytes // self.config.parallel.world_size * length // request_bytes
+        return dataclasses.replace(
+            info,
+            cpu_num_chunks=self.num_chunks,
+            cpu_kv_cache_size_bytes=num_bytes,
+            cpu_kv_cache_size_tokens=tokens,
+        )
+
     def _create_region(self) -> Any:
         with suppress(OSError):  # an engine starts without that, too
             remove_stale_regions(self.config.engine_id)
         # With a barrier it takes its name away when all ranks have it, and the scheduler, which
         # comes after them, would make another. Nor does the scheduler know of several files.
         alone = not self.has_tiers
+        rows, row_bytes, slot_bytes = (
+            self.num_chunks,
+            self.kv_bytes_per_chunk,
+            self.cpu_page_size_per_worker,
+        )
+        if self.slabs is not None:  # one row of all ranks' parts
+            slot_bytes = -(-self.slabs.num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            rows, row_bytes = 1, slot_bytes * self.config.parallel.world_size
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
-            num_chunks=self.num_chunks,
+            num_chunks=rows,
             rank=0 if self.replicated_layout else self.config.parallel.rank,
-            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-            cpu_page_size=self.cpu_page_size_per_worker,
+            kv_bytes_per_chunk=row_bytes,
+            cpu_page_size=slot_bytes,
             barrier=vllm_spec._all_workers_barrier if alone else None,
             creator_memory_check=_check_there_is_memory,  # others may have taken it by now
             num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1) if alone else 1,  # since 0.33
@@ -194,20 +297,20 @@ def _check_there_is_memory(num_bytes: int) -> None:
     check_room("cpu_bytes_to_use", num_bytes, "/dev/shm")
 
 
-def _check_stages(config: Any) -> None:
+def _check_stages(config: Any, expected: str, block_bytes: Any) -> None:
     """Raise on every rank where a stage has more or fewer layers than others.
 
-    The scheduler knows the size of the first one alone, and hands out slots of that pool.
+    The scheduler knows the sizes of the first one alone, and hands out slots of that pool.
     """
     if config.parallel.pp_size == 1 or not torch.distributed.is_initialized():  # or: beside it
         return
     group = get_world_group().cpu_group
-    sizes = [0] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(sizes, config.worker_kv_bytes_per_block, group=group)
-    if len(set(sizes)) > 1:
+    sizes: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(sizes, block_bytes, group=group)
+    if any(size != sizes[0] for size in sizes):
         raise ValueError(
-            "pipeline_parallel_size: expected stages of equally many bytes of KV cache per block, "
-            f"got {sizes}, by rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
+            f"pipeline_parallel_size: expected stages of {expected} per block, got {sizes}, by "
+            "rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
         )
 
 
@@ -270,17 +373,21 @@ def tensors_of(kv_caches: Any) -> list[torch.Tensor]:
     ]
 
 
-def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
+def _layout(kv_caches: Any, blocks_per_chunk: int, packed: bool) -> CacheLayout:
     groups = []
     for refs in kv_caches.group_data_refs:
         pages: dict[int, int] = {}
         for ref in refs:  # layers that share one cache name its tensor several times
             pages[ref.tensor_idx] = max(pages.get(ref.tensor_idx, 0), ref.page_size_bytes)
         groups.append(list(pages.items()))
-    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups)
+    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups, packed=packed)
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:
     """Call with those of the offered arguments that this version of vLLM takes."""
+    return function(**_taken(function, **offered))
+
+
+def _taken(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
     taken = inspect.signature(function).parameters
-    return function(**{name: value for name, value in offered.items() if name in taken})
+    return {name: value for name, value in offered.items() if name in taken}
