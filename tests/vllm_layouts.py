@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
     OffloadingConnectorWorker,
 )
 from vllm.v1 import kv_cache_interface as specs
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from triton_offload.vllm import TritonOffloadingConnector, TritonOffloadingSpec
@@ -72,8 +73,13 @@ class LaidOut:
         )
         storage = next(iter(self.caches.values())).untyped_storage()
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        offloaded = [groups[i] for i in get_offloading_group_ids(self.placed)]
-        self.groups = [tuple(group.layer_names) for group in offloaded]
+        #: the scheduler's copy of what was placed
+        self.schedulers = generate_scheduler_kv_cache_config([self.placed])
+        #: which groups are offloaded, and the layers of each
+        self.group_ids = get_offloading_group_ids(self.placed)
+        self.groups = [tuple(groups[i].layer_names) for i in self.group_ids]
+        #: whether a block of all layers is one piece
+        self.is_packed = family.whole_blocks
 
     def connect(self) -> Any:
         """Hand the caches to our worker, which is returned, as an engine does."""
@@ -97,8 +103,7 @@ class LaidOut:
         config = copy.copy(self.engine_config)
         config.kv_transfer_config = ours
         if role is KVConnectorRole.SCHEDULER:
-            placed = _planning.generate_scheduler_kv_cache_config([self.placed])
-            return TritonOffloadingConnector(config, role, placed)
+            return TritonOffloadingConnector(config, role, self.schedulers)
         connector = TritonOffloadingConnector(config, role, self.placed)
         connector.register_kv_caches(self.caches)
         return connector
@@ -189,8 +194,8 @@ def _indexed_mla() -> dict[str, Any]:
     return layers
 
 
-def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
-    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla, of four layers.
+def deepseek_v4(replayed: bool = False, num_layers: int = 4) -> dict[str, Any]:
+    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla.
 
     `replayed`: windows are computed anew after a hit, and not offloaded.
     """
@@ -203,7 +208,8 @@ def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
         "state_content_bytes": 584,
     }
     layers: dict[str, Any] = {}
-    for i, tokens_per_state in enumerate((4, 128, 4, 128)):
+    for i in range(num_layers):
+        tokens_per_state = 128 if i % 2 else 4
         layers[f"{i}.window"] = specs.SlidingWindowMLASpec(
             block_size=64, sliding_window=128, bounded_replay=replayed, **packed, **one_head
         )
@@ -245,9 +251,9 @@ FAMILIES = {
     "MLA with an indexer": Family("LBHNC", _indexed_mla),
     "MLA with an indexer, cross-layer blocks": Family("BLHNC", _indexed_mla, whole_blocks=True),
     "pages of an alignment, cross-layer blocks": Family("BLHNC", _aligned, whole_blocks=True),
-    "DeepSeek V4": Family("BLHNC", _deepseek_v4, whole_blocks=True),
+    "DeepSeek V4": Family("BLHNC", deepseek_v4, whole_blocks=True),
     "DeepSeek V4, windows replayed": Family(
-        "BLHNC", lambda: _deepseek_v4(replayed=True), whole_blocks=True
+        "BLHNC", lambda: deepseek_v4(replayed=True), whole_blocks=True
     ),
 }
 # What vLLM takes for whole blocks, and is not: of each block it would move one page's worth.
