@@ -116,6 +116,13 @@ class LaidOut:
         return specs.group_kernel_blocks(seen, BLOCKS).reshape(BLOCKS, -1)
 
 
+def plan(family: Family) -> Any:
+    """vLLM's KVCacheConfig of a family, of which nothing is allocated."""
+    config = _engine_config(family.layout)
+    groups = _planning.get_kv_cache_groups(config, family.make_layers())
+    return _planning.get_kv_cache_config_from_groups(config, groups, 1 << 50)
+
+
 def _engine_config(layout: str) -> Any:
     config = VllmConfig(
         device_config=DeviceConfig(device="cpu"),
@@ -234,6 +241,37 @@ def deepseek_v4(replayed: bool = False, num_layers: int = 4) -> dict[str, Any]:
     return layers
 
 
+def _gemma3_27b() -> dict[str, Any]:
+    """62 layers, of which every sixth has no window."""
+    values = {"block_size": 16, "num_kv_heads": 16, "head_size": 128, "dtype": torch.bfloat16}
+    window = specs.SlidingWindowSpec(sliding_window=1024, **values)
+    return {f"layer.{i}": _full(**values) if i % 6 == 5 else window for i in range(62)}
+
+
+def _mamba_27_and_4() -> dict[str, Any]:
+    """27 layers of Mamba 2 and 4 of attention, whose blocks are as long as a state is large."""
+    attention = _full(block_size=672, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    state = specs.MambaSpec(
+        block_size=672,
+        shapes=((3, 12288), (128, 80, 128)),
+        dtypes=(torch.bfloat16, torch.bfloat16),
+        page_size_padded=attention.page_size_bytes,
+    )
+    return {
+        **{f"mamba.{i}": state for i in range(27)},
+        **{f"attention.{i}": attention for i in range(4)},
+    }
+
+
+# Of the size of real models: to be planned, not to be allocated.
+LARGE = {
+    "DeepSeek V4, 61 layers": Family("BLHNC", lambda: deepseek_v4(num_layers=61)),
+    "DeepSeek V4, 61 layers, windows replayed": Family(
+        "BLHNC", lambda: deepseek_v4(replayed=True, num_layers=61)
+    ),
+    "Gemma 3 27B": Family("LBHNC", _gemma3_27b),
+    "Mamba 2, 27 layers and 4 of attention": Family("LBHNC", _mamba_27_and_4),
+}
 FAMILIES = {
     "one group": Family("LBHNC", _plain),
     "tokens outside heads": Family("LBNHC", _plain),
