@@ -45,6 +45,8 @@ SLOW_FILES = {
     "test_trace_hit_rates.py",
     "test_vllm_canonical.py",
     "test_vllm_connector.py",
+    "test_vllm_group_manager.py",
+    "test_vllm_group_slots.py",
     "test_vllm_layers.py",
     "test_vllm_layouts.py",
     "test_vllm_ranks.py",

@@ -33,6 +33,7 @@ LAYERS = [
     {"cli.models", "cli.output"},
     {"scheduler.policies", "scheduler.chunks", "pool.shared_memory", "calibration", "stats"},
     {"slabs"},
+    {"vllm.group_pool"},
     {"scheduler.base", "scheduler.orphans", "scheduler.guarded_policy", "kernels.sums"},
     {"scheduler.room", "scheduler.shared_slabs", "kernels.adding"},
     {"scheduler.shared_room", "kernels.movers"},

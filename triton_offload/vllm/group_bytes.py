@@ -173,8 +173,9 @@ def _seen(cache: torch.Tensor) -> BlockRange:
     """What a tensor [num_blocks, ...] has of each block."""
     dimensions = zip(cache.shape[1:], cache.stride()[1:], strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in dimensions)
-    start, stride = cache.storage_offset(), cache.stride(0)
-    return BlockRange(*(n * cache.element_size() for n in (start, stride, elements)))
+    element = cache.element_size()
+    start, stride = int(cache.storage_offset()), cache.stride(0)
+    return BlockRange(start * element, stride * element, elements * element)
 
 
 def _view(memory: Any, device: torch.device, num_blocks: int, part: BlockRange) -> torch.Tensor:

@@ -25,6 +25,8 @@ class GroupSlotManager(CPUOffloadingManager):  # type: ignore[misc]  # vllm is u
     of one size or another, whichever were used least recently. Ids of chunks are ids of slots.
     """
 
+    _policy: Any
+
     def __init__(self, slabs: Slabs, size_of_group: Mapping[int, int], **options: Any) -> None:
         super().__init__(num_chunks=slabs.most_chunks, **options)
         self._slabs = slabs

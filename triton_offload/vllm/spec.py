@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import inspect
 import itertools
-import mmap
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,11 +27,11 @@ from triton_offload.device import Device, device_for
 from triton_offload.pool import shared_memory
 from triton_offload.pool.host_pool import HostPool
 from triton_offload.pool.memory_limits import check_memory, check_room
-from triton_offload.slabs import Slabs
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.group_pool import GroupPool
 from triton_offload.vllm.group_slots import GroupSlotManager
 from triton_offload.vllm.metrics import DEFINITIONS
 from triton_offload.vllm.options import read_options
@@ -52,12 +51,11 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     #: whether tiers read and write the pool, too: the scheduler maps the region by its name
     has_tiers: ClassVar[bool] = False
 
-    #: bytes that each group has of a block, on one rank, where its slots are as large; None: a slot
-    #: has all of a block, as vLLM's
-    group_bytes: tuple[int, ...] | None = None
-    #: then, how each rank's pool is cut
-    slabs: Slabs | None = None
+    #: a pool whose slots are as large as each group needs; None: each has all of its blocks' bytes
+    group_pool: GroupPool | None = None
 
+    cpu_info: Any  # since vLLM 0.33
+    _manager: Any
     _worker: Any
 
     def __init__(self, config: Any) -> None:
@@ -110,26 +108,20 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         _check_stages(self.config, "groups of as many bytes of KV cache", group_bytes)
         if group_bytes is None:
             return
-        ranks = self.config.parallel.world_size
-        # A rank's part of the region begins at a page, so that it can be pinned.
-        part = self.extra_config["cpu_bytes_to_use"] // ranks // mmap.PAGESIZE * mmap.PAGESIZE
-        sizes = [num_bytes * self.blocks_per_chunk for num_bytes in dict.fromkeys(group_bytes)]
-        try:
-            self.slabs = Slabs.fit(part, sizes)
-        except ValueError as error:
-            raise ValueError(str(error).replace("host_bytes", "cpu_bytes_to_use")) from error
-        self.group_bytes = tuple(group_bytes)
-        self.num_chunks = self.slabs.most_chunks
-        if hasattr(self, "cpu_info"):  # since 0.33
-            self.cpu_info = self._pool_info(self.cpu_info, self.slabs.num_bytes * ranks)
+        self.group_pool = GroupPool.fit(
+            self.extra_config["cpu_bytes_to_use"],
+            self.config.parallel.world_size,
+            [num_bytes * self.blocks_per_chunk for num_bytes in group_bytes],
+        )
+        self.num_chunks = self.group_pool.slabs.most_chunks
+        if hasattr(self, "cpu_info"):
+            self.cpu_info = self.group_pool.described(self.cpu_info, self.config)
 
     def get_manager(self) -> Any:
-        """vLLM's CPUOffloadingManager, made on the first call; with slots of several sizes, one
-        that knows of them."""
-        if self._manager is None and self.slabs is not None and len(self.slabs.sizes) > 1:
-            assert self.group_bytes is not None
-            numbers = {num_bytes: i for i, num_bytes in enumerate(dict.fromkeys(self.group_bytes))}
-            groups = zip(self.config.groups, self.group_bytes, strict=True)
+        """vLLM's CPUOffloadingManager, made on the first call; where slots differ in size, one that
+        knows of them."""
+        pool = self.group_pool
+        if self._manager is None and pool is not None and len(pool.sizes) > 1:
             options = _taken(
                 vllm_spec.CPUOffloadingManager,
                 cache_policy=self.eviction_policy,
@@ -139,8 +131,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
                 max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
                 info=getattr(self, "cpu_info", None),
             )
-            size_of_group = {group.group_id: numbers[num_bytes] for group, num_bytes in groups}
-            self._manager = GroupSlotManager(self.slabs, size_of_group, **options)
+            sizes = pool.size_of_group(self.config.groups)
+            self._manager = GroupSlotManager(pool.slabs, sizes, **options)
         return super().get_manager()
 
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
@@ -155,7 +147,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         _check_hits()
-        if self.group_bytes is None:
+        if self.group_pool is None:
             _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = self._lay_out(kv_caches)
         resources = Closing()
@@ -170,14 +162,13 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def _lay_out(self, kv_caches: Any) -> CacheLayout:
         """Where the pages lie in a slot, which is this rank's alone."""
-        layout = _layout(kv_caches, self.blocks_per_chunk, packed=self.group_bytes is not None)
-        if self.group_bytes is not None:
-            expected = [num_bytes * self.blocks_per_chunk for num_bytes in self.group_bytes]
-            found = [group.table.slot_bytes for group in layout.groups]
-            if found != expected:
+        layout = _layout(kv_caches, self.blocks_per_chunk, packed=self.group_pool is not None)
+        if self.group_pool is not None:
+            found = tuple(group.table.slot_bytes for group in layout.groups)
+            if found != self.group_pool.slot_bytes:
                 raise ValueError(
-                    f"kv_caches: expected chunks of {expected} bytes, by group, as the scheduler "
-                    f"has slots for, got {found}"
+                    f"kv_caches: expected chunks of {self.group_pool.slot_bytes} bytes, by group, "
+                    f"as the scheduler has slots for, got {found}"
                 )
             return layout
         if layout.slot_bytes > self.cpu_page_size_per_worker:
@@ -213,9 +204,9 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
         num_slots, slot_bytes = self.num_chunks, self.cpu_page_size_per_worker
         sizes: Sequence[int] = ()
-        if self.slabs is not None:
-            num_slots, slot_bytes = self.slabs.num_slabs, self.slabs.slab_bytes
-            sizes = layout.slot_sizes
+        if self.group_pool is not None:
+            slabs, sizes = self.group_pool.slabs, self.group_pool.sizes
+            num_slots, slot_bytes = slabs.num_slabs, slabs.slab_bytes
         if not self._uses_shared_region():
             try:
                 pool = HostPool.allocate(device, num_slots, slot_bytes, sizes)
@@ -226,11 +217,10 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             return pool
         region = self._create_region()
         resources.callback(_release, region)
-        if self.slabs is not None:
-            # A part of its own for each rank, one after the other, which nobody else reads. The
-            # pool pins it, in the background.
-            part = region.create_next_worker_view(self.slabs.num_bytes).view(torch.uint8)
-            slots = part.view(num_slots, slot_bytes)
+        if self.group_pool is not None:
+            # Each rank has one part of it, which nobody else reads, and pins it in the background.
+            part = region.create_next_worker_view(num_slots * slot_bytes)
+            slots = part.view(torch.uint8).view(num_slots, slot_bytes)
             pool = HostPool(device, slots, owned=True, pinned=False, sizes=sizes)
             resources.callback(pool.close)
             return pool
@@ -246,25 +236,6 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         pool.has_other_writers = self.has_tiers
         return pool
 
-    def _pool_info(self, info: Any, num_bytes: int) -> Any:
-        """vLLM's facts of the pool, of slots that differ in size."""
-        tokens = None
-        length = self.config.model.max_model_len
-        if info.cpu_kv_cache_size_tokens is not None:
-            request_bytes = 0
-            for group, block_bytes in zip(self.config.groups, self.group_bytes or (), strict=True):
-                chunks = -(-length // (group.tokens_per_block * self.blocks_per_chunk))
-                window = group.sliding_window_size_in_chunks
-                chunks = chunks if window is None else min(chunks, window)
-                request_bytes += chunks * block_bytes * self.blocks_per_chunk
-            tokens = num_bytes // self.config.parallel.world_size * length // request_bytes
-        return dataclasses.replace(
-            info,
-            cpu_num_chunks=self.num_chunks,
-            cpu_kv_cache_size_bytes=num_bytes,
-            cpu_kv_cache_size_tokens=tokens,
-        )
-
     def _create_region(self) -> Any:
         with suppress(OSError):  # an engine starts without that, too
             remove_stale_regions(self.config.engine_id)
@@ -276,9 +247,9 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             self.kv_bytes_per_chunk,
             self.cpu_page_size_per_worker,
         )
-        if self.slabs is not None:  # one row of all ranks' parts
-            slot_bytes = -(-self.slabs.num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            rows, row_bytes = 1, slot_bytes * self.config.parallel.world_size
+        if self.group_pool is not None:  # one row of all ranks' parts
+            slot_bytes = self.group_pool.part_bytes
+            rows, row_bytes = 1, slot_bytes * self.group_pool.ranks
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
