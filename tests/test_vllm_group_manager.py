@@ -97,6 +97,19 @@ def test_chunks_of_a_call_that_are_there_stay() -> None:
     assert held(manager, named(2, 0)) == named(2, 0)
 
 
+def test_a_slab_with_a_chunk_of_the_call_is_not_emptied() -> None:
+    manager = make()
+    keys = named(2, 0, 12)  # two to a slab
+    store(manager, keys)
+    for key in keys[1::2]:
+        manager.touch([key], ReqContext("touch"))
+    # The first of each of four slabs leaves, and then what is left in one: in the one that was used
+    # least lies a chunk that is offered again.
+    output = store(manager, [keys[1], *named(0, 0)])
+    assert output.evicted_keys == [*keys[0:8:2], keys[3]]
+    assert held(manager, keys[1:2]) == keys[1:2]
+
+
 @pytest.mark.parametrize("policy", ["lru", "arc"])
 def test_bytes_leave_evenly_whichever_group_was_used_last(policy: str) -> None:
     manager = make(policy)

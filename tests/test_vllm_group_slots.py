@@ -263,6 +263,15 @@ def test_it_can_be_switched_off() -> None:
         laid_out.connector(KVConnectorRole.SCHEDULER, group_slots="no")
 
 
+def test_in_pipelines_all_is_vllms() -> None:
+    """The layers of a group are spread unevenly over stages, and the scheduler knows the first."""
+    laid_out = LaidOut(FAMILIES["DeepSeek V4"], 2)
+    laid_out.engine_config.parallel_config.pipeline_parallel_size = 2
+    with _connected(laid_out) as (manager, worker):
+        assert type(manager) is CPUOffloadingManager
+        assert worker.transfers.pool.slot_bytes == 2 * 95616
+
+
 def test_a_pool_of_the_same_bytes_has_more_chunks() -> None:
     laid_out = LaidOut(FAMILIES["DeepSeek V4"], 2)
     pool_bytes = 64 << 20
@@ -367,6 +376,9 @@ def test_on_cuda_each_rank_has_one_part_of_vllms_region(monkeypatch: pytest.Monk
     pool = worker.transfers.pool
     assert pool.slots.data_ptr() == mine.data_ptr()
     assert mine.data_ptr() % mmap.PAGESIZE == 0
+    pool.wait_ready(60)
+    assert pool.pinned  # by the pool, which was given it unpinned
+    assert pool._preparation is not None
     laid_out.memory.fill_(0x22)
     last = pool.slabs.sizes[1].slots(pool.slabs.num_slabs - 1)[-1]
     groups = len(laid_out.groups)

@@ -42,9 +42,10 @@ class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # v
         self._canonical_layout = config.canonical_layout
         spec = OffloadingSpecFactory.create_spec(config)
         groups = None
-        if not spec.has_tiers and spec.extra_config.get("group_slots", True):
+        if _may_differ(spec):
             groups = ranges_of_groups(kv_cache_config, config.kv_cache_layout)
-            spec.size_slots(None if groups is None else [*map(bytes_of, groups)])
+        if groups is not None:
+            spec.size_slots([*map(bytes_of, groups)])
         self.connector_scheduler = self.connector_worker = None
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = TritonConnectorScheduler(spec, vllm_config, kv_cache_config)
@@ -94,6 +95,17 @@ class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # v
     def build_prom_metrics(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         _check(vllm_config.kv_transfer_config)
         return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+
+def _may_differ(spec: Any) -> bool:
+    """Whether slots may be as large as each group needs.
+
+    Tiers read equal ones. The layers of a group are spread unevenly over the stages of a pipeline,
+    of which the scheduler knows the first.
+    """
+    if spec.has_tiers or spec.config.parallel.pp_size > 1:
+        return False
+    return bool(spec.extra_config.get("group_slots", True))
 
 
 def _check(config: Any) -> None:

@@ -84,8 +84,7 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # It has to be said before the sizes are worked out. Canonical chunks are those of all.
         if config.replicated_layout and not config.canonical_layout:
             config = dataclasses.replace(config, replicated_layout=False)
-        # Before what may be wrong with one rank alone: all ranks take part.
-        _check_stages(config, "equally many bytes of KV cache", config.worker_kv_bytes_per_block)
+        _check_stages(config)  # before what may be wrong with one rank alone: all ranks take part
         super().__init__(config)
         if self.num_chunks < 1:
             raise ValueError(
@@ -98,16 +97,13 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         """vLLM's metrics by name, and this package's."""
         return {**super().build_metric_definitions(extra_config), **DEFINITIONS}
 
-    def size_slots(self, group_bytes: Sequence[int] | None) -> None:
+    def size_slots(self, group_bytes: Sequence[int]) -> None:
         """Have slots that are as large as each group needs.
 
-        `group_bytes`: what each group has of a block, on every rank; None: all of it. To be called
-        on the scheduler and on all ranks, before a manager or a worker is made. Raises ValueError
-        where ranks differ, and where the largest slot has no room.
+        `group_bytes`: what each group has of a block, on every rank. To be called on the scheduler
+        and on all ranks, before a manager or a worker is made. Raises ValueError where the largest
+        slot has no room.
         """
-        _check_stages(self.config, "groups of as many bytes of KV cache", group_bytes)
-        if group_bytes is None:
-            return
         self.group_pool = GroupPool.fit(
             self.extra_config["cpu_bytes_to_use"],
             self.config.parallel.world_size,
@@ -217,13 +213,17 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             return pool
         region = self._create_region()
         resources.callback(_release, region)
+        pool = self._pool_in(region, device, layout)
+        resources.callback(pool.close)
+        return pool
+
+    def _pool_in(self, region: Any, device: Device, layout: CacheLayout) -> HostPool:
         if self.group_pool is not None:
             # Each rank has one part of it, which nobody else reads, and pins it in the background.
-            part = region.create_next_worker_view(num_slots * slot_bytes)
-            slots = part.view(torch.uint8).view(num_slots, slot_bytes)
-            pool = HostPool(device, slots, owned=True, pinned=False, sizes=sizes)
-            resources.callback(pool.close)
-            return pool
+            slabs, sizes = self.group_pool.slabs, self.group_pool.sizes
+            part = region.create_next_worker_view(slabs.num_bytes).view(torch.uint8)
+            slots = part.view(slabs.num_slabs, slabs.slab_bytes)
+            return HostPool(device, slots, owned=True, pinned=False, sizes=sizes)
         if PIN_MEMORY:
             alone = not self.config.canonical_layout
             _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=alone)
@@ -231,7 +231,6 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # What a CPU computes with needs no pinning.
         pinned = region.is_pinned or current_platform.is_cpu()
         pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=pinned)
-        resources.callback(pool.close)
         pool.piece_slots = _pinned_rows(region, self.kv_bytes_per_chunk)
         pool.has_other_writers = self.has_tiers
         return pool
@@ -268,20 +267,20 @@ def _check_there_is_memory(num_bytes: int) -> None:
     check_room("cpu_bytes_to_use", num_bytes, "/dev/shm")
 
 
-def _check_stages(config: Any, expected: str, block_bytes: Any) -> None:
+def _check_stages(config: Any) -> None:
     """Raise on every rank where a stage has more or fewer layers than others.
 
-    The scheduler knows the sizes of the first one alone, and hands out slots of that pool.
+    The scheduler knows the size of the first one alone, and hands out slots of that pool.
     """
     if config.parallel.pp_size == 1 or not torch.distributed.is_initialized():  # or: beside it
         return
     group = get_world_group().cpu_group
-    sizes: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(sizes, block_bytes, group=group)
-    if any(size != sizes[0] for size in sizes):
+    sizes = [0] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(sizes, config.worker_kv_bytes_per_block, group=group)
+    if len(set(sizes)) > 1:
         raise ValueError(
-            f"pipeline_parallel_size: expected stages of {expected} per block, got {sizes}, by "
-            "rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
+            "pipeline_parallel_size: expected stages of equally many bytes of KV cache per block, "
+            f"got {sizes}, by rank; VLLM_PP_LAYER_PARTITION says which layers are in which stage"
         )
 
 
