@@ -290,7 +290,9 @@ def test_bytes_that_are_not_where_the_scheduler_thinks_are_refused() -> None:
     layer = "0.compressor"
     cache = laid_out.caches[layer]
     moved = cache.as_strided(cache.shape, cache.stride(), 33088 // 4)  # behind what its group has
-    for wrong in (moved, cache.clone()):
+    elsewhere = laid_out.memory.clone().view(cache.dtype)
+    elsewhere = elsewhere.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+    for wrong in (moved, elsewhere):
         laid_out.caches[layer] = wrong
         with pytest.raises(ValueError, match=r"kv_caches\['0.compressor'\]: expected its bytes in"):
             laid_out.connector(KVConnectorRole.WORKER)

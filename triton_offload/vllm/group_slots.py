@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
@@ -79,6 +79,8 @@ class GroupSlots:
 
     def __init__(self, policy: Any, slabs: Slabs, size_of_group: Mapping[int, int]) -> None:
         self._policy = policy
+        #: vLLM's, of a key: asked several times for each chunk
+        self.get: Callable[[Any], Any] = policy.get
         self._slabs = slabs
         self._size_of_group = size_of_group
         self._evictor = _Evictor(policy)
@@ -114,9 +116,6 @@ class GroupSlots:
         return sum(self._slabs.sizes[self._size_of(key)].num_bytes for key in self._writing)
 
     # -- the policy --
-
-    def get(self, key: Any) -> Any:
-        return self._policy.get(key)
 
     def insert(self, key: Any, chunk: Any, *context: Any) -> None:
         self._context = context
@@ -190,7 +189,7 @@ class GroupSlots:
         return self._size_of_group[get_offload_group_idx(key)]
 
     def _is_idle(self, key: Any) -> bool:
-        chunk = self._policy.get(key)
+        chunk = self.get(key)
         return chunk is not None and chunk.ref_cnt == 0
 
     def _use(self, keys: Iterable[Any]) -> None:
