@@ -173,12 +173,12 @@ def test_the_pool_in_use_is_told_in_bytes() -> None:
 
 def test_what_was_offered_too_seldom_takes_no_room() -> None:
     manager = make(store_threshold=2)
-    assert store(manager, named(0, 0, 5)).keys_to_store == []
-    assert store(manager, named(0, 0, 5)).keys_to_store == named(0, 0, 5)
-    store(manager, named(0, 5))
-    # The last slab is that of the one that was offered twice.
-    output = store(manager, [*named(0, 5), *named(3, 0, 5)])
-    assert (output.keys_to_store, output.evicted_keys) == (named(0, 5), [])
+    assert store(manager, named(0, 0, 6)).keys_to_store == []
+    assert store(manager, named(0, 0, 6)).keys_to_store == named(0, 0, 6)
+    store(manager, named(0, 10))
+    # One leaves for the one that was offered twice, and none for the others.
+    output = store(manager, [*named(0, 10), *named(3, 0, 7)])
+    assert (output.keys_to_store, output.evicted_keys) == (named(0, 10), named(0, 0))
 
 
 # -- generated runs --

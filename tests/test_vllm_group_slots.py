@@ -423,6 +423,15 @@ def test_what_vllm_tells_of_the_pool_is_of_its_bytes() -> None:
     assert pool.size_of_group(config.groups) == {0: 0, 3: 1}
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("pool_bytes", [1 << 20, 3_000_001, (1 << 24) + 4095])
+def test_all_ranks_together_have_no_more_than_was_given(pool_bytes: int, ranks: int) -> None:
+    pool = GroupPool.fit(pool_bytes, ranks, [74816, 95616, 33088, 65600])
+    assert pool.slabs.num_bytes <= pool.part_bytes
+    assert pool.part_bytes * ranks <= pool_bytes
+    assert pool.slabs.num_bytes * ranks >= 0.5 * pool_bytes, "a part of one chunk fills half of it"
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_the_page_says_what_slots_by_group_come_to(name: str) -> None:
     page = (Path(__file__).parent.parent / "docs" / "vllm.md").read_text()
