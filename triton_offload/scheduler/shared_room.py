@@ -98,10 +98,12 @@ class SharedRoom(Room):
 
     def _slabs_for(self, wanted: Mapping[int, int], num_free: Sequence[int]) -> int:
         """How many whole slabs these need beside free slots, by size."""
-        return sum(
-            max(0, -(-(count - num_free[size]) // self._sizes[size].per_slab))
-            for size, count in wanted.items()
-        )
+        needed = 0
+        for size, count in wanted.items():
+            more = count - num_free[size]
+            if more > 0:
+                needed += -(-more // self._sizes[size].per_slab)
+        return needed
 
     def _evict(self, leaving: _Leaving, kept: Set[Key], busy: Sequence[Set[Key]]) -> Sequence[Key]:
         # Nothing leaves before all is chosen: a policy of a user's may raise in between.
@@ -206,6 +208,8 @@ class _Leaving:
     ) -> None:
         self.keys: dict[Key, None] = {}
         self._room, self._wanted = room, wanted
+        # Where one size alone is wanted, of its slots all are, in whatever slab.
+        self._only = next(iter(wanted)) if len(wanted) == 1 else None
         self._emptied = set(held)  # or are, then
         self._num_left = Counter[int]()  # by slab: chunks that are to leave
         self._num_whole = room._slots.num_whole
@@ -225,6 +229,8 @@ class _Leaving:
 
     def spared(self, kept: Set[Key]) -> Set[Key]:
         """What the policy must not name."""
+        if not self._spent:
+            return kept
         useless = {size for size in self._spent if self._num_spare(size) >= 0}
         return _Spared(self._room, kept, useless) if useless else kept
 
@@ -238,6 +244,8 @@ class _Leaving:
         size = room._slots.size_of[slab]
         self.keys[key] = None
         self._num_free[size] += 1
+        if size == self._only:
+            return
         self._num_left[slab] += 1
         if slab in room._idle[size] and self._num_left[slab] == len(room._keys_in[slab]):
             self._empty(slab, size, named)
