@@ -46,6 +46,7 @@ SLOW_FILES = {
     "test_vllm_canonical.py",
     "test_vllm_connector.py",
     "test_vllm_group_manager.py",
+    "test_vllm_group_pool.py",
     "test_vllm_group_slots.py",
     "test_vllm_layers.py",
     "test_vllm_layouts.py",
