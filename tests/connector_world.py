@@ -24,13 +24,24 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.kv_offload.base import LookupResult, make_offload_key
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
-from vllm_parts import BLOCKS_PER_CHUNK, CHUNKS, GROUPS, TOKENS, make_config, random_caches
+from vllm_parts import (
+    BLOCKS_PER_CHUNK,
+    CHUNKS,
+    GROUPS,
+    PAGES,
+    TOKENS,
+    make_config,
+    random_caches,
+)
 
 from triton_offload.vllm import TritonOffloadingConnector
 from triton_offload.vllm import connector as plugin_connector
 from triton_offload.vllm import spec as plugin_spec
+from triton_offload.vllm.group_bytes import BlockRange
+from triton_offload.vllm.group_slots import GroupSlotManager
 
 CHUNK_TOKENS = TOKENS * BLOCKS_PER_CHUNK
+USED = (192, 200, 64)  # bytes of each tensor's page that groups use
 
 
 def transfer_config(**changes: Any) -> Any:
@@ -74,7 +85,10 @@ def make_request(name: str, chunks: int, prefix: str = "") -> Any:
 
 
 class World:
-    """One pool of `CHUNKS` chunks, `ranks` ranks, a faulty device for each of them."""
+    """One pool of `CHUNKS` chunks, `ranks` ranks, a faulty device for each of them.
+
+    `sized`: its slots are as large as each group needs, so that there are some more.
+    """
 
     def __init__(
         self,
@@ -83,9 +97,14 @@ class World:
         policy: str = "lru",
         events: bool = False,
         groups: int = 2,
+        sized: bool = False,
         **options: Any,
     ) -> None:
         self.groups = groups
+        self.sized = sized
+        if sized:
+            ranges = [(BlockRange(0, sum(PAGES), sum(n for _, n in each)),) for each in GROUPS]
+            monkeypatch.setattr(plugin_connector, "ranges_of_groups", lambda *_: ranges[:groups])
         self.devices = [FaultyDevice() for _ in range(ranks)]
         waiting = iter(self.devices)
         monkeypatch.setattr(plugin_spec, "device_for", lambda *args: next(waiting))
@@ -126,6 +145,8 @@ class World:
         self.caches = [random_caches(rank) for rank in range(ranks)]
         for connector, caches in zip(self.ranks, self.caches, strict=True):
             del caches.group_data_refs[groups:]
+            for cache, used in zip(caches.tensors, USED if sized else PAGES, strict=True):
+                cache.tensor, cache.page_size_bytes = cache.tensor[:, :used], used
             connector.connector_worker._init_worker(caches)
         self.workers = [connector.connector_worker.worker for connector in self.ranks]
         self.scheduler = make(0, KVConnectorRole.SCHEDULER)
@@ -260,6 +281,10 @@ class World:
     def check(self) -> None:
         """Every slot is free or one chunk's, and no chunk is used by a transfer."""
         manager = self.primary
+        if isinstance(manager, GroupSlotManager):
+            manager._slots._check()
+            assert not manager._slots.pinned_bytes()
+            return
         chunks = [manager._policy.get(key) for key in self._all_keys()]
         slots = [chunk.chunk_id for chunk in chunks] + list(manager._free_list)
         assert sorted(slots) == list(range(manager._num_allocated_chunks))

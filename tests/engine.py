@@ -294,7 +294,8 @@ def failures(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
 
 
 def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
-    """A model of two KV cache groups: loads of one group fail, then all, then stores."""
+    """A model of three KV cache groups, with slots of two sizes: loads of one group fail, then all,
+    then stores."""
     make_model("gemma3", model)
     plain = Engine(model, max_model_len=1024)
     answers = []
@@ -319,7 +320,8 @@ def hybrid(model: Path, blocks_per_chunk: int) -> dict[str, Any]:
     assert pool is not None
     pool.slots.bitwise_xor_(0x80)  # the sign of every float, and no NaN
     rounds.run("flipped", rounds.load)
-    return {"plain": {"answers": answers}, **rounds.seen}
+    sizes = [cut.num_bytes for cut in pool.slabs.sizes]
+    return {"plain": {"answers": answers}, "slot_sizes": sizes, **rounds.seen}
 
 
 def children() -> dict[str, Any]:

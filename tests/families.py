@@ -21,7 +21,10 @@ _SIZES = {
     "initializer_range": 0.2,  # at 0.02 logits are nearly tied
     "tie_word_embeddings": False,  # tied, it repeats the last token
 }
-_WINDOWS = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_WINDOWS: dict[str, Any] = {
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
 
 
@@ -54,7 +57,15 @@ FAMILIES = {
             "query_pre_attn_scalar": 1,
         },
     ),
-    "gemma3": Family("Gemma3TextConfig", _WINDOWS),
+    # One group of two layers with windows, one of one, and one of two without: slots of two sizes.
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 64,
+            "layer_types": [*_WINDOWS["layer_types"], "sliding_attention"],
+        },
+    ),
     "gpt_oss": Family(
         "GptOssConfig", {**_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),

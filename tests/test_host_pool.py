@@ -377,6 +377,14 @@ def test_pieces_of_slots_that_are_no_os_pages_are_whole_pages_all_the_same(monke
     pool.close()
 
 
+def test_where_no_piece_is_small_enough_each_is_as_small_as_can_be(monkeypatch):
+    """Never all of the pool: one call for 512 GiB fails, and stalls the process for a minute."""
+    monkeypatch.setattr(host_pool_module, "_MAX_PIECE_BYTES", 2 * mmap.PAGESIZE)
+    pool = HostPool.allocate(RecordingDevice(), 30, 3072)
+    assert pool.piece_slots == 4
+    pool.close()
+
+
 def test_a_forked_child_unpins_nothing(monkeypatch):
     device = RecordingDevice()
     pool = HostPool.allocate(device, 4, 64)

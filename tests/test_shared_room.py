@@ -145,13 +145,14 @@ def test_a_policy_that_raises_between_two_sizes_changes_nothing():
             return super().evict(*args)
 
     manager = CPUOffloadingManager(FOUR, Failing, enable_events=True)
-    store(manager, named(LARGE, 0, 4), LARGE)
+    store(manager, named(SMALL, 0, 6), SMALL)
+    store(manager, named(LARGE, 0, 2), LARGE)
     manager.take_events()
     with pytest.raises(RuntimeError, match="no more"):
-        manager.prepare_store(named(SMALL, 0, 5), size=SMALL)
-    assert held(manager, named(LARGE, 0, 4)) == named(LARGE, 0, 4)
+        manager.prepare_store(named(LARGE, 2), size=LARGE)
+    assert held(manager, named(SMALL, 0, 6)) == named(SMALL, 0, 6)
     assert manager.take_events() == []
-    assert manager.used_by_size() == [0, 4]
+    assert manager.used_by_size() == [6, 2]
     manager.reset()
     assert store(manager, named(SMALL, 0, 5), SMALL) == ()
 

@@ -61,16 +61,16 @@ def _on_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "current_platform", CpuPlatform())
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Any:
-    world = World(monkeypatch)
+@pytest.fixture(params=[False, True], ids=["vLLM's slots", "slots by group"])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    world = World(monkeypatch, sized=request.param)
     yield world
     world.close()
 
 
-@pytest.fixture
-def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    world = World(monkeypatch, ranks=2)
+@pytest.fixture(params=[False, True], ids=["vLLM's slots", "slots by group"])
+def two_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    world = World(monkeypatch, ranks=2, sized=request.param)
     yield world
     world.close()
 
@@ -236,7 +236,8 @@ def test_what_can_not_be_submitted_has_failed(
 def test_slots_that_a_rank_does_not_have_are_refused_and_not_written(world: World) -> None:
     worker = world.workers[0]
     blocks = GPULoadStoreSpec([1], group_sizes=[1, 0], block_indices=[0, 0])
-    assert worker.submit_store(1, blocks, CPULoadStoreSpec([CHUNKS]))
+    number = worker.transfers.pool.slabs.num_slots
+    assert worker.submit_store(1, blocks, CPULoadStoreSpec([number]))
     (report,) = worker.get_finished()
     assert (report.job_id, report.success, report.transfer_size) == (1, True, None)
     (failed,) = worker.take_failed()

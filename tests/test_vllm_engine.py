@@ -1,8 +1,8 @@
 """A real vLLM engine: what it answers when its KV cache comes from our host pool.
 
-The model is a tiny random Llama in float32, or a Gemma 3 of two KV cache groups. Before every load
-all bytes of the device's KV cache are overwritten, so that an answer can only be right if the load
-was.
+The model is a tiny random Llama in float32, or a Gemma 3 of three KV cache groups, whose slots
+differ in size. Before every load all bytes of the device's KV cache are overwritten, so that an
+answer can only be right if the load was.
 """
 
 from __future__ import annotations
@@ -184,6 +184,8 @@ def test_one_flipped_bit_of_the_pool_costs_a_recompute_and_is_counted(scenarios:
 def test_a_hybrid_model_survives_failures_too(scenarios: Scenarios) -> None:
     seen = scenarios.run("hybrid", 2, model_name="hybrid")
     wanted = seen.pop("plain")["answers"]
+    small, large = sorted(seen.pop("slot_sizes"))
+    assert large == 2 * small, "slots of one size: the groups have equally many layers"
     assert all(len(set(answer)) > 2 for answer in wanted), "an answer that is always the same"
     flipped = seen.pop("flipped")["answers"]
     assert not any(a == b for a, b in zip(flipped, wanted, strict=True))

@@ -919,6 +919,7 @@ def test_all_of_this_holds_on_the_other_supported_vllm() -> None:
     if not _OTHER_VLLM.exists():
         pytest.skip(f"no Python files of vLLM 0.33 in {_OTHER_VLLM} (`make test` puts them there)")
     others = ("canonical", "connector", "layers", "layouts", "tiers")
+    others += ("group_slots", "group_manager", "group_pool")
     files = [__file__, *(str(Path(__file__).with_name(f"test_vllm_{name}.py")) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(

@@ -5,6 +5,7 @@ Imports vllm: for the tests of the plug-in alone.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
     build_offloading_config,
     get_offloading_group_ids,
@@ -22,9 +24,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
     OffloadingConnectorWorker,
 )
 from vllm.v1 import kv_cache_interface as specs
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from triton_offload.vllm import TritonOffloadingSpec
+from triton_offload.vllm import TritonOffloadingConnector, TritonOffloadingSpec
 
 _PLANNING = "kv_cache_utils" if vllm.__version__.startswith("0.32") else "kv_cache_planning"
 _planning = importlib.import_module(f"vllm.v1.core.{_PLANNING}")
@@ -70,8 +73,13 @@ class LaidOut:
         )
         storage = next(iter(self.caches.values())).untyped_storage()
         self.memory = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        offloaded = [groups[i] for i in get_offloading_group_ids(self.placed)]
-        self.groups = [tuple(group.layer_names) for group in offloaded]
+        #: the scheduler's copy of what was placed
+        self.schedulers = generate_scheduler_kv_cache_config([self.placed])
+        #: which groups are offloaded, and the layers of each
+        self.group_ids = get_offloading_group_ids(self.placed)
+        self.groups = [tuple(groups[i].layer_names) for i in self.group_ids]
+        #: whether a block of all layers is one piece
+        self.is_packed = family.whole_blocks
 
     def connect(self) -> Any:
         """Hand the caches to our worker, which is returned, as an engine does."""
@@ -81,12 +89,38 @@ class LaidOut:
         connector.register_kv_caches(self.caches)
         return connector.worker
 
+    def connector(self, role: Any, **options: Any) -> Any:
+        """Our connector, as an engine makes it: a scheduler's, or a rank's with the caches."""
+        transfer = self.engine_config.kv_transfer_config
+        extra = {**transfer.kv_connector_extra_config, **options}
+        ours = KVTransferConfig(
+            kv_connector="TritonOffloadingConnector",
+            kv_connector_module_path="triton_offload.vllm",
+            kv_load_failure_policy="recompute",
+            kv_role="kv_both",
+            kv_connector_extra_config=extra,
+        )
+        config = copy.copy(self.engine_config)
+        config.kv_transfer_config = ours
+        if role is KVConnectorRole.SCHEDULER:
+            return TritonOffloadingConnector(config, role, self.schedulers)
+        connector = TritonOffloadingConnector(config, role, self.placed)
+        connector.register_kv_caches(self.caches)
+        return connector
+
     def places(self, layer: str) -> torch.Tensor:
         """`[num_blocks, n]`: where in the memory the bytes lie that the model has of each block."""
         cache = self.caches[layer].view(torch.int8)
         everywhere = torch.arange(self.memory.numel())
         seen = everywhere.as_strided(cache.shape, cache.stride(), cache.storage_offset())
         return specs.group_kernel_blocks(seen, BLOCKS).reshape(BLOCKS, -1)
+
+
+def plan(family: Family) -> Any:
+    """vLLM's KVCacheConfig of a family, of which nothing is allocated."""
+    config = _engine_config(family.layout)
+    groups = _planning.get_kv_cache_groups(config, family.make_layers())
+    return _planning.get_kv_cache_config_from_groups(config, groups, 1 << 50)
 
 
 def _engine_config(layout: str) -> Any:
@@ -167,8 +201,8 @@ def _indexed_mla() -> dict[str, Any]:
     return layers
 
 
-def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
-    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla, of four layers.
+def deepseek_v4(replayed: bool = False, num_layers: int = 4) -> dict[str, Any]:
+    """As vllm/models/deepseek_v4 has them for the cache type fp8_ds_mla.
 
     `replayed`: windows are computed anew after a hit, and not offloaded.
     """
@@ -181,7 +215,8 @@ def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
         "state_content_bytes": 584,
     }
     layers: dict[str, Any] = {}
-    for i, tokens_per_state in enumerate((4, 128, 4, 128)):
+    for i in range(num_layers):
+        tokens_per_state = 128 if i % 2 else 4
         layers[f"{i}.window"] = specs.SlidingWindowMLASpec(
             block_size=64, sliding_window=128, bounded_replay=replayed, **packed, **one_head
         )
@@ -206,6 +241,37 @@ def _deepseek_v4(replayed: bool = False) -> dict[str, Any]:
     return layers
 
 
+def _gemma3_27b() -> dict[str, Any]:
+    """62 layers, of which every sixth has no window."""
+    values = {"block_size": 16, "num_kv_heads": 16, "head_size": 128, "dtype": torch.bfloat16}
+    window = specs.SlidingWindowSpec(sliding_window=1024, **values)
+    return {f"layer.{i}": _full(**values) if i % 6 == 5 else window for i in range(62)}
+
+
+def _mamba_27_and_4() -> dict[str, Any]:
+    """27 layers of Mamba 2 and 4 of attention, whose blocks are as long as a state is large."""
+    attention = _full(block_size=672, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    state = specs.MambaSpec(
+        block_size=672,
+        shapes=((3, 12288), (128, 80, 128)),
+        dtypes=(torch.bfloat16, torch.bfloat16),
+        page_size_padded=attention.page_size_bytes,
+    )
+    return {
+        **{f"mamba.{i}": state for i in range(27)},
+        **{f"attention.{i}": attention for i in range(4)},
+    }
+
+
+# Of the size of real models: to be planned, not to be allocated.
+LARGE = {
+    "DeepSeek V4, 61 layers": Family("BLHNC", lambda: deepseek_v4(num_layers=61)),
+    "DeepSeek V4, 61 layers, windows replayed": Family(
+        "BLHNC", lambda: deepseek_v4(replayed=True, num_layers=61)
+    ),
+    "Gemma 3 27B": Family("LBHNC", _gemma3_27b),
+    "Mamba 2, 27 layers and 4 of attention": Family("LBHNC", _mamba_27_and_4),
+}
 FAMILIES = {
     "one group": Family("LBHNC", _plain),
     "tokens outside heads": Family("LBNHC", _plain),
@@ -223,9 +289,9 @@ FAMILIES = {
     "MLA with an indexer": Family("LBHNC", _indexed_mla),
     "MLA with an indexer, cross-layer blocks": Family("BLHNC", _indexed_mla, whole_blocks=True),
     "pages of an alignment, cross-layer blocks": Family("BLHNC", _aligned, whole_blocks=True),
-    "DeepSeek V4": Family("BLHNC", _deepseek_v4, whole_blocks=True),
+    "DeepSeek V4": Family("BLHNC", deepseek_v4, whole_blocks=True),
     "DeepSeek V4, windows replayed": Family(
-        "BLHNC", lambda: _deepseek_v4(replayed=True), whole_blocks=True
+        "BLHNC", lambda: deepseek_v4(replayed=True), whole_blocks=True
     ),
 }
 # What vLLM takes for whole blocks, and is not: of each block it would move one page's worth.

@@ -248,7 +248,7 @@ def _as_slots(memory: mmap.mmap, num_slots: int, slot_bytes: int) -> torch.Tenso
 
 
 def _piece_slots(num_slots: int, slot_bytes: int) -> int:
-    """The most slots of at most 256 MiB that are whole OS pages; all where there is no such."""
+    """The most slots of at most 256 MiB that are whole OS pages, or the fewest that are."""
     unit = mmap.PAGESIZE // math.gcd(slot_bytes, mmap.PAGESIZE)
     units = _MAX_PIECE_BYTES // (unit * slot_bytes)
-    return min(num_slots, units * unit) if units else num_slots
+    return min(num_slots, max(1, units) * unit)

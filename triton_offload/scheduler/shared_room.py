@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from triton_offload.scheduler.order import Key
 from triton_offload.scheduler.policies import PolicyChoice
@@ -45,6 +45,10 @@ class SharedRoom(Room):
     def used_by_size(self) -> list[int]:
         return [self._slots.num_used(size) for size in range(len(self._sizes))]
 
+    def pinned_by_size(self) -> list[int]:
+        """`num_pinned` of each size."""
+        return list(self._num_pinned_of)
+
     def use(self, keys: Iterable[Key]) -> None:
         for key in keys:
             slab = self._slab_of(key)
@@ -62,17 +66,52 @@ class SharedRoom(Room):
         idle = self._slots.num_used(size) - self._num_pinned_of[size] - num_idle
         if short > idle + others * per_slab:
             return None
+        return self._evict(_Leaving(self, {size: num_new}), kept, busy)
+
+    def has_room(self, wanted: Mapping[int, int]) -> bool:
+        """Whether so many new chunks, by size, need no eviction."""
+        begun = [self._slots.num_begun(size) for size in range(len(self._sizes))]
+        return self._slabs_for(wanted, begun) <= self._slots.num_whole
+
+    def make_several(
+        self, wanted: Mapping[int, int], kept: Set[Key], idle: Collection[Key]
+    ) -> Sequence[Key] | None:
+        """`make`, for new chunks of several sizes at once: `wanted` says how many, by size.
+
+        `idle`: those of `kept` that are here, of any size, and are not pinned.
+        """
+        held = {self._slab_of(key) for key in idle}
+        if not self._could_hold(wanted, idle, held):
+            return None
+        return self._evict(_Leaving(self, wanted, held), kept, ())
+
+    def _could_hold(self, wanted: Mapping[int, int], idle: Collection[Key], held: Set[int]) -> bool:
+        """Whether there is room when all has left but what is pinned and `idle`, in `held`."""
+        staying = Counter(map(self._size_of, idle))
+        held_of = Counter(self._slots.size_of[slab] for slab in held if not self._pins_in[slab])
+        num_whole = self._slots.num_whole + sum(map(len, self._idle)) - held_of.total()
+        free = []
+        for size, cut in enumerate(self._sizes):  # of slabs that stay cut
+            slabs = self._slots.num_cut(size) - len(self._idle[size]) + held_of[size]
+            free.append(slabs * cut.per_slab - self._num_pinned_of[size] - staying[size])
+        return self._slabs_for(wanted, free) <= num_whole
+
+    def _slabs_for(self, wanted: Mapping[int, int], num_free: Sequence[int]) -> int:
+        """How many whole slabs these need beside free slots, by size."""
+        needed = 0
+        for size, count in wanted.items():
+            more = count - num_free[size]
+            if more > 0:
+                needed += -(-more // self._sizes[size].per_slab)
+        return needed
+
+    def _evict(self, leaving: _Leaving, kept: Set[Key], busy: Sequence[Set[Key]]) -> Sequence[Key]:
         # Nothing leaves before all is chosen: a policy of a user's may raise in between.
-        leaving = _Leaving(self, size)
-        while short > 0:
+        while (short := leaving.short) > 0:
             # Never more than there must be, if each were worth a slab.
-            named = self.policy.evict(max(1, short // per_slab), leaving.spared(kept), busy)
+            named = self.policy.evict(short, leaving.spared(kept), busy)
             for key in named:
-                if self._size_of(key) == size:
-                    leaving.keys[key] = None
-                    short -= 1
-                elif key not in leaving.keys and leaving.add_other(key, named):
-                    short -= per_slab
+                leaving.add(key, named)
         evicted = list(leaving.keys)
         self.free(evicted)
         return evicted
@@ -158,48 +197,75 @@ class SharedRoom(Room):
 
 
 class _Leaving:
-    """Chunks that are to leave for others of `size`, while they are chosen."""
+    """Chunks that are to leave for others, while they are chosen.
 
-    def __init__(self, room: SharedRoom, size: int) -> None:
+    `wanted`: how many others there are, by size. `held`: slabs that can't be emptied, for chunks in
+    them are to stay.
+    """
+
+    def __init__(
+        self, room: SharedRoom, wanted: Mapping[int, int], held: Set[int] = frozenset()
+    ) -> None:
         self.keys: dict[Key, None] = {}
-        self._room, self._size = room, size
-        self._emptied: set[int] = set()
+        self._room, self._wanted = room, wanted
+        # Where one size alone is wanted, of its slots all are, in whatever slab.
+        self._only = next(iter(wanted)) if len(wanted) == 1 else None
+        self._emptied = set(held)  # or are, then
+        self._num_left = Counter[int]()  # by slab: chunks that are to leave
+        self._num_whole = room._slots.num_whole
         self._coldest = [iter(slabs) for slabs in room._idle]
-        self._num_free = [room._slots.num_begun(other) for other in range(len(room._sizes))]
+        self._num_free = [room._slots.num_begun(size) for size in range(len(room._sizes))]
         # Sizes of which chunks lie in slabs that can't be given: where all are used by transfers.
+        idle = [len(slabs) for slabs in room._idle]
+        for slab in held:
+            idle[room._slots.size_of[slab]] -= not room._pins_in[slab]
         used = room.used_by_size()
-        others = {other for other, count in enumerate(used) if count} - {size}
-        self._spent = {other for other in others if not room._idle[other]}
+        self._spent = {size for size, count in enumerate(used) if count and not idle[size]}
+
+    @property
+    def short(self) -> int:
+        """How many slabs are lacking; no chunk that leaves is worth more than one."""
+        return self._room._slabs_for(self._wanted, self._num_free) - self._num_whole
 
     def spared(self, kept: Set[Key]) -> Set[Key]:
         """What the policy must not name."""
-        return _Spared(self._room, kept, self._spent) if self._spent else kept
+        if not self._spent:
+            return kept
+        useless = {size for size in self._spent if self._num_spare(size) >= 0}
+        return _Spared(self._room, kept, useless) if useless else kept
 
-    def add_other(self, key: Key, named: Iterable[Key]) -> bool:
-        """Let a chunk of another size leave, one of those that the policy has named; whether a slab
-        is free then."""
+    def add(self, key: Key, named: Collection[Key]) -> None:
+        """Let a chunk leave, one of those that the policy has named. Where more slots of its size
+        are free then than are wanted, a slab of them may become whole."""
+        if key in self.keys:
+            return
         room = self._room
         slab = room._slab_of(key)
         size = room._slots.size_of[slab]
         self.keys[key] = None
         self._num_free[size] += 1
-        if slab in room._idle[size] and self.keys.keys() >= room._keys_in[slab].keys():
+        if size == self._only:
+            return
+        self._num_left[slab] += 1
+        if slab in room._idle[size] and self._num_left[slab] == len(room._keys_in[slab]):
             self._empty(slab, size, named)
-            return True
-        if self._num_free[size] < 2 * room._sizes[size].per_slab:
-            return False
-        for coldest in self._coldest[size]:
-            if coldest not in self._emptied:
-                self._empty(coldest, size, named)
-                return True
-        self._spent.add(size)
-        return False
+        elif self._num_spare(size) >= 2 * room._sizes[size].per_slab:
+            for coldest in self._coldest[size]:
+                if coldest not in self._emptied:
+                    self._empty(coldest, size, named)
+                    return
+            self._spent.add(size)
 
-    def _empty(self, slab: int, size: int, named: Iterable[Key]) -> None:
+    def _num_spare(self, size: int) -> int:
+        """Free slots of a size, in slabs that are cut by it, that nothing wanted takes."""
+        return self._num_free[size] - self._wanted.get(size, 0)
+
+    def _empty(self, slab: int, size: int, named: Collection[Key]) -> None:
         room = self._room
         self._emptied.add(slab)
         rest = [key for key in room._keys_in[slab] if key not in self.keys]
         self._num_free[size] -= room._sizes[size].per_slab - len(rest)
+        self._num_whole += 1
         self.keys.update(dict.fromkeys(rest))
         if rest:
             room.policy.drop([key for key in rest if key not in named])

@@ -28,9 +28,14 @@ class SharedSlabs:
         self._num_free = [0] * len(slabs.sizes)
         self._num_cut = [0] * len(slabs.sizes)
 
+    @property
+    def num_whole(self) -> int:
+        """How many slabs are free, to be cut by any size."""
+        return len(self._whole)
+
     def num_free(self, size: int) -> int:
         """How many slots of this size can be taken."""
-        return self._num_free[size] + len(self._whole) * self._slabs.sizes[size].per_slab
+        return self._num_free[size] + self.num_whole * self._slabs.sizes[size].per_slab
 
     def num_begun(self, size: int) -> int:
         """How many of them lie in slabs that are cut by it."""

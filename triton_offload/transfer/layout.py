@@ -185,7 +185,7 @@ class CacheLayout:
         self.members = tuple(tuple(group) for group in members)
         # Groups whose blocks may be the same bytes: a load must not write one twice.
         self._overlaps = tuple(
-            tuple(j for j in range(i) if members[i].keys() & members[j].keys())
+            tuple(j for j in range(i) if _share_bytes(self.groups[i], self.groups[j]))
             for i in range(len(members))
         )
         #: [g, h]: a chunk of group g, stored whole over one of group h, leaves bytes of that: where
@@ -344,6 +344,13 @@ class GroupRun(NamedTuple):
             return []
         ends = {0, len(self.slot_ids) - 1}
         return [chunk for chunk in sorted(ends) if self.blocks_of_chunk(chunk) != (0, span)]
+
+
+def _share_bytes(one: GroupLayout, other: GroupLayout) -> bool:
+    """Whether pages of a block of the one and of the other lie over one another."""
+    begins, others = one.columns[0][:, None], other.columns[0]
+    ends, others_end = begins + one.columns[2][:, None], others + other.columns[2]
+    return bool(((begins < others_end) & (others < ends)).any())
 
 
 def listed(name: str, values: Any) -> list[Any]:

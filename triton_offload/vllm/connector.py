@@ -17,6 +17,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from triton_offload.vllm.connector_scheduler import TritonConnectorScheduler
 from triton_offload.vllm.connector_worker import TritonConnectorWorker
+from triton_offload.vllm.group_bytes import bytes_of, ranges_of_groups
 from triton_offload.vllm.layer_loads import LayerLoads
 from triton_offload.vllm.metrics import WorkerMetrics
 from triton_offload.vllm.spec import TritonOffloadingSpec
@@ -40,11 +41,17 @@ class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # v
         config = build_offloading_config(vllm_config, kv_cache_config)
         self._canonical_layout = config.canonical_layout
         spec = OffloadingSpecFactory.create_spec(config)
+        groups = None
+        if _may_differ(spec):
+            groups = ranges_of_groups(kv_cache_config, config.kv_cache_layout)
+        if groups is not None:
+            spec.size_slots([*map(bytes_of, groups)])
         self.connector_scheduler = self.connector_worker = None
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = TritonConnectorScheduler(spec, vllm_config, kv_cache_config)
         else:
-            self.connector_worker = TritonConnectorWorker(spec, vllm_config, kv_cache_config)
+            worker = TritonConnectorWorker(spec, vllm_config, kv_cache_config, groups)
+            self.connector_worker = worker
             self._metrics = WorkerMetrics(config.parallel.rank)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -88,6 +95,17 @@ class TritonOffloadingConnector(OffloadingConnector):  # type: ignore[misc]  # v
     def build_prom_metrics(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         _check(vllm_config.kv_transfer_config)
         return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+
+def _may_differ(spec: Any) -> bool:
+    """Whether slots may be as large as each group needs.
+
+    Tiers read equal ones. The layers of a group are spread unevenly over the stages of a pipeline,
+    of which the scheduler knows the first.
+    """
+    if spec.has_tiers or spec.config.parallel.pp_size > 1:
+        return False
+    return bool(spec.extra_config.get("group_slots", True))
 
 
 def _check(config: Any) -> None:

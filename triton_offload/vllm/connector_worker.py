@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
@@ -11,30 +12,51 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
     OffloadingConnectorWorker,
 )
 
+from triton_offload.vllm.group_bytes import GroupRanges, own_caches
 from triton_offload.vllm.layer_loads import LayerLoads, tensors_by_layer
 from triton_offload.vllm.tolerant_worker import FailedJob, TolerantWorker
 from triton_offload.vllm.worker_metadata import TritonWorkerMetadata
 
 
 class TritonConnectorWorker(OffloadingConnectorWorker):  # type: ignore[misc]  # vllm is untyped
-    """vLLM's, and what failed: requests and blocks for the engine, jobs for the scheduler."""
+    """vLLM's, and what failed: requests and blocks for the engine, jobs for the scheduler.
+
+    `groups`: of each group its own bytes of a block; None: as vLLM registers caches.
+    """
 
     worker: TolerantWorker | None
 
-    def __init__(self, spec: Any, vllm_config: Any, kv_cache_config: Any) -> None:
+    def __init__(
+        self,
+        spec: Any,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        groups: Sequence[GroupRanges] | None = None,
+    ) -> None:
         super().__init__(spec, vllm_config, kv_cache_config)
+        self._groups = groups
         self._failed_jobs: set[int] = set()
         self._failed_requests: set[str] = set()
         self._failed_blocks: set[int] = set()
 
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """`kv_caches`: the layers' tensors, by name. Of those whose blocks groups share, each group
+        has its own bytes, where they are known."""
+        if self._groups is None:
+            super().register_kv_caches(kv_caches)
+            return
+        self._start(*own_caches(kv_caches, self.kv_cache_config, self._groups))
+
     def _init_worker(self, kv_caches: Any) -> None:
+        ids = get_offloading_group_ids(self.kv_cache_config)
+        groups = [self.kv_cache_config.kv_cache_groups[i] for i in ids]
+        self._start(kv_caches, tensors_by_layer(groups, kv_caches))
+
+    def _start(self, kv_caches: Any, tensors: Mapping[str, Sequence[int]]) -> None:
+        """`tensors`: of each layer, as `LayerLoads` has them."""
         transfers = self.spec.get_worker(kv_caches)
-        layer_loads = None
-        if self.spec.extra_config.get("load_by_layers", True):
-            ids = get_offloading_group_ids(self.kv_cache_config)
-            groups = [self.kv_cache_config.kv_cache_groups[i] for i in ids]
-            tensors = tensors_by_layer(groups, kv_caches)
-            layer_loads = LayerLoads(transfers, tensors) if tensors else None
+        by_layers = bool(tensors) and self.spec.extra_config.get("load_by_layers", True)
+        layer_loads = LayerLoads(transfers, tensors) if by_layers else None
         self.worker = TolerantWorker(transfers, layer_loads)
 
     @property

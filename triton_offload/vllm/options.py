@@ -12,7 +12,7 @@ from triton_offload.kernels.arguments import shown
 from triton_offload.sizes import parse_bytes
 from triton_offload.transfer.options import Verify
 
-_OURS = {"path", "calibration", "staging_bytes", "load_by_layers", "verify"}
+_OURS = {"path", "calibration", "staging_bytes", "load_by_layers", "group_slots", "verify"}
 # What vLLM's connector and CPUOffloadingSpec read; 0.32 and 0.33 alike, but for the last line.
 _VLLMS = {
     *("spec_name", "spec_module_path", "cpu_bytes_to_use", "block_size", "blocks_per_chunk"),
@@ -23,7 +23,10 @@ _SINCE_0_33 = {"sync_load_budget_bytes"}
 # And of TieringOffloadingSpec.
 _TIERING = {"backpressure"}
 _TIERING_SINCE_0_33 = {"tier_poll_interval_s"}
-_FLAGS = ("offload_prompt_only", "self_describing_kv_events", "canonical_layout", "load_by_layers")
+_FLAGS = (
+    *("offload_prompt_only", "self_describing_kv_events", "canonical_layout"),
+    *("load_by_layers", "group_slots"),
+)
 _NUMBERS = ("block_size", "blocks_per_chunk", "store_threshold", "max_tracker_size")
 
 

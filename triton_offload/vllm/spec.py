@@ -7,7 +7,7 @@ import gc
 import inspect
 import itertools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.options import PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
 from triton_offload.tuning.calibrate import calibration_for
+from triton_offload.vllm.group_pool import GroupPool
+from triton_offload.vllm.group_slots import GroupSlotManager
 from triton_offload.vllm.metrics import DEFINITIONS
 from triton_offload.vllm.options import read_options
 from triton_offload.vllm.stale_regions import remove_stale_regions
@@ -49,6 +51,11 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
     #: whether tiers read and write the pool, too: the scheduler maps the region by its name
     has_tiers: ClassVar[bool] = False
 
+    #: a pool whose slots are as large as each group needs; None: each has all of its blocks' bytes
+    group_pool: GroupPool | None = None
+
+    cpu_info: Any  # since vLLM 0.33
+    _manager: Any
     _worker: Any
 
     def __init__(self, config: Any) -> None:
@@ -90,6 +97,40 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         """vLLM's metrics by name, and this package's."""
         return {**super().build_metric_definitions(extra_config), **DEFINITIONS}
 
+    def size_slots(self, group_bytes: Sequence[int]) -> None:
+        """Have slots that are as large as each group needs.
+
+        `group_bytes`: what each group has of a block, on every rank. To be called on the scheduler
+        and on all ranks, before a manager or a worker is made. Raises ValueError where the largest
+        slot has no room.
+        """
+        self.group_pool = GroupPool.fit(
+            self.extra_config["cpu_bytes_to_use"],
+            self.config.parallel.world_size,
+            [num_bytes * self.blocks_per_chunk for num_bytes in group_bytes],
+        )
+        self.num_chunks = self.group_pool.slabs.most_chunks
+        if hasattr(self, "cpu_info"):
+            self.cpu_info = self.group_pool.described(self.cpu_info, self.config)
+
+    def get_manager(self) -> Any:
+        """vLLM's CPUOffloadingManager, made on the first call; where slots differ in size, one that
+        knows of them."""
+        pool = self.group_pool
+        if self._manager is None and pool is not None and len(pool.sizes) > 1:
+            options = _taken(
+                vllm_spec.CPUOffloadingManager,
+                cache_policy=self.eviction_policy,
+                cache_policy_module_path=self.cache_policy_module_path,
+                enable_events=self.kv_events_config.enable_kv_cache_events,
+                store_threshold=int(self.extra_config.get("store_threshold", 0)),
+                max_tracker_size=int(self.extra_config.get("max_tracker_size", 64_000)),
+                info=getattr(self, "cpu_info", None),
+            )
+            sizes = pool.size_of_group(self.config.groups)
+            self._manager = GroupSlotManager(pool.slabs, sizes, **options)
+        return super().get_manager()
+
     def get_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         """The worker of this rank, made on the first call.
 
@@ -102,7 +143,8 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def create_worker(self, kv_caches: Any) -> TritonOffloadingWorker:
         _check_hits()
-        _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
+        if self.group_pool is None:
+            _check_whole_blocks(kv_caches, self.config.worker_kv_bytes_per_block)
         layout = self._lay_out(kv_caches)
         resources = Closing()
         try:
@@ -116,7 +158,15 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
 
     def _lay_out(self, kv_caches: Any) -> CacheLayout:
         """Where the pages lie in a slot, which is this rank's alone."""
-        layout = _layout(kv_caches, self.blocks_per_chunk)
+        layout = _layout(kv_caches, self.blocks_per_chunk, packed=self.group_pool is not None)
+        if self.group_pool is not None:
+            found = tuple(group.table.slot_bytes for group in layout.groups)
+            if found != self.group_pool.slot_bytes:
+                raise ValueError(
+                    f"kv_caches: expected chunks of {self.group_pool.slot_bytes} bytes, by group, "
+                    f"as the scheduler has slots for, got {found}"
+                )
+            return layout
         if layout.slot_bytes > self.cpu_page_size_per_worker:
             raise ValueError(
                 f"kv_caches: expected chunks of at most {self.cpu_page_size_per_worker} bytes "
@@ -148,9 +198,14 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         return TritonOffloadingWorker(queue, pool, layout, resources)
 
     def _create_pool(self, device: Device, layout: CacheLayout, resources: Closing) -> HostPool:
+        num_slots, slot_bytes = self.num_chunks, self.cpu_page_size_per_worker
+        sizes: Sequence[int] = ()
+        if self.group_pool is not None:
+            slabs, sizes = self.group_pool.slabs, self.group_pool.sizes
+            num_slots, slot_bytes = slabs.num_slabs, slabs.slab_bytes
         if not self._uses_shared_region():
             try:
-                pool = HostPool.allocate(device, self.num_chunks, self.cpu_page_size_per_worker)
+                pool = HostPool.allocate(device, num_slots, slot_bytes, sizes)
             except ValueError as error:  # more than there is: what vLLM's users call it
                 message = str(error).replace("host_bytes", "cpu_bytes_to_use")
                 raise ValueError(message) from error
@@ -158,6 +213,17 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
             return pool
         region = self._create_region()
         resources.callback(_release, region)
+        pool = self._pool_in(region, device, layout)
+        resources.callback(pool.close)
+        return pool
+
+    def _pool_in(self, region: Any, device: Device, layout: CacheLayout) -> HostPool:
+        if self.group_pool is not None:
+            # Each rank has one part of it, which nobody else reads, and pins it in the background.
+            slabs, sizes = self.group_pool.slabs, self.group_pool.sizes
+            part = region.create_next_worker_view(slabs.num_bytes).view(torch.uint8)
+            slots = part.view(slabs.num_slabs, slabs.slab_bytes)
+            return HostPool(device, slots, owned=True, pinned=False, sizes=sizes)
         if PIN_MEMORY:
             alone = not self.config.canonical_layout
             _call(vllm_worker.pin_mmap_region, region=region, worker_slot_only=alone)
@@ -165,7 +231,6 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # What a CPU computes with needs no pinning.
         pinned = region.is_pinned or current_platform.is_cpu()
         pool = HostPool.from_tensor(device, slots.view(torch.uint8), pinned=pinned)
-        resources.callback(pool.close)
         pool.piece_slots = _pinned_rows(region, self.kv_bytes_per_chunk)
         pool.has_other_writers = self.has_tiers
         return pool
@@ -176,13 +241,21 @@ class TritonOffloadingSpec(vllm_spec.CPUOffloadingSpec):  # type: ignore[misc]  
         # With a barrier it takes its name away when all ranks have it, and the scheduler, which
         # comes after them, would make another. Nor does the scheduler know of several files.
         alone = not self.has_tiers
+        rows, row_bytes, slot_bytes = (
+            self.num_chunks,
+            self.kv_bytes_per_chunk,
+            self.cpu_page_size_per_worker,
+        )
+        if self.group_pool is not None:  # one row of all ranks' parts
+            slot_bytes = self.group_pool.part_bytes
+            rows, row_bytes = 1, slot_bytes * self.group_pool.ranks
         return _call(
             SharedOffloadRegion,
             engine_id=self.config.engine_id,
-            num_chunks=self.num_chunks,
+            num_chunks=rows,
             rank=0 if self.replicated_layout else self.config.parallel.rank,
-            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-            cpu_page_size=self.cpu_page_size_per_worker,
+            kv_bytes_per_chunk=row_bytes,
+            cpu_page_size=slot_bytes,
             barrier=vllm_spec._all_workers_barrier if alone else None,
             creator_memory_check=_check_there_is_memory,  # others may have taken it by now
             num_segments=getattr(vllm_spec, "_REGION_SEGMENTS", 1) if alone else 1,  # since 0.33
@@ -270,17 +343,21 @@ def tensors_of(kv_caches: Any) -> list[torch.Tensor]:
     ]
 
 
-def _layout(kv_caches: Any, blocks_per_chunk: int) -> CacheLayout:
+def _layout(kv_caches: Any, blocks_per_chunk: int, packed: bool) -> CacheLayout:
     groups = []
     for refs in kv_caches.group_data_refs:
         pages: dict[int, int] = {}
         for ref in refs:  # layers that share one cache name its tensor several times
             pages[ref.tensor_idx] = max(pages.get(ref.tensor_idx, 0), ref.page_size_bytes)
         groups.append(list(pages.items()))
-    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups)
+    return CacheLayout(tensors_of(kv_caches), blocks_per_chunk, groups, packed=packed)
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:
     """Call with those of the offered arguments that this version of vLLM takes."""
+    return function(**_taken(function, **offered))
+
+
+def _taken(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
     taken = inspect.signature(function).parameters
-    return function(**{name: value for name, value in offered.items() if name in taken})
+    return {name: value for name, value in offered.items() if name in taken}
