@@ -77,8 +77,10 @@ OUT ?= bench/out
 gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) bench/gpu.py --out $(OUT)
 
-# Writes docs/performance.md and its plot anew: what the model of bench/model.py predicts.
+# Writes docs/performance.md and its plot anew: what the kernels compile to, and what the model of
+# bench/model.py predicts.
 performance: $(STAMPS)/package $(STAMPS)/dev
+	PYTHONPATH=. $(BIN)/python bench/compiled.py
 	PYTHONPATH=. $(BIN)/python bench/performance.py
 
 # Serving on the simulated device and threads on the host device, so many seconds each: no wrong

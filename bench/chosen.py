@@ -1,5 +1,8 @@
 """The benchmarks that `regression.py` watches: planning, the manager, transfers in CPU memory.
 
+What can be switched off is off in all of them: slots are of one size, nothing is added up
+(`verify="off"`), and loads are not by layers. So they show what these cost whoever does without.
+
 Each yields (reference, ours). The references are plain Python, numpy and torch, so that a ratio
 means the same wherever it is measured and whatever other version of a peer is installed.
 """

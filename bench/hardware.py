@@ -96,6 +96,10 @@ _MEMORY_SECONDS = 1.1e-6
 _START_SECONDS = 5e-6
 _COMMON = (_MEMORY_SECONDS, _START_SECONDS, DRIVER)
 
+# Warps' instructions that an SM issues: its four schedulers one per clock each (CUDA programming
+# guide), of which 1.6 GHz are assumed. The boost clocks of these cards are 1.76 to 2.4.
+ISSUES_PER_SECOND = 4 * 1.6e9
+
 # SMs and memory: NVIDIA's data sheets. Threads and registers of an SM: the CUDA programming guide.
 H100_PCIE = Card("H100 PCIe", "NVIDIA H100 PCIe", 114, 2.0e12, 2048, 65_536, PCIE_5, *_COMMON)
 H100_SXM = Card("H100 SXM", "NVIDIA H100 80GB", 132, 3.35e12, 2048, 65_536, PCIE_5, *_COMMON)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hardware import Card
+from hardware import ISSUES_PER_SECOND, Card
 from units import KIB, MIB
 
 from triton_offload.calibration import Path
@@ -21,6 +21,10 @@ from triton_offload.specs import Direction
 # More in flight per CTA brings no more over a link. TensorRT-LLM's comments call these knees
 # independent of the platform; SGLang found deeper register pipelines no faster.
 READ_KNEE, WRITE_KNEE = 64 * KIB, 32 * KIB
+
+# Memory is set to zero, or sums are copied to the host, behind other work of the same stream: what
+# a small copy takes of an engine (8 KiB at 5.2 GB/s are published for an H100).
+SMALL_SECONDS = 1.5e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,14 @@ class Kernel:
     """Of a thread."""
     shared_bytes: int = 0
     """Of a CTA."""
+    added: float = 0.0
+    """Instructions of a thread for each 16 bytes, beside those that move them: these are a part of
+    the round trips, which are those of kernels at work."""
+
+    @property
+    def added_seconds(self) -> float:
+        """What an SM takes to issue the added instructions of all bytes in flight."""
+        return self.flight_bytes / 16 / 32 * self.added / ISSUES_PER_SECOND
 
     def busiest_bytes(self, num_bytes: int) -> int:
         """Of the CTA that gets most tiles of a job."""
@@ -97,7 +109,7 @@ def plain_copy_seconds(card: Card, direction: Direction, num_bytes: int) -> floa
     return card.start_seconds + num_bytes / link_rate(card, direction)
 
 
-def cta_rate(card: Card, direction: Direction, flight_bytes: int) -> float:
+def cta_rate(card: Card, direction: Direction, flight_bytes: float) -> float:
     """Of one CTA on host memory: bytes in flight over the round trip, up to the knee."""
     if direction is Direction.STORE:
         return min(flight_bytes, WRITE_KNEE) / card.link.write_seconds
@@ -107,9 +119,11 @@ def cta_rate(card: Card, direction: Direction, flight_bytes: int) -> float:
 def zero_copy_seconds(
     card: Card, direction: Direction, num_bytes: int, kernel: Kernel = ZERO_COPY_KERNEL
 ) -> float:
-    """A kernel on mapped host memory: the link's speed, or what its CTAs keep in flight."""
+    """A kernel on mapped host memory: the link's speed, or what its CTAs keep in flight: less while
+    they are at what is added."""
     trip = card.link.write_seconds if direction is Direction.STORE else card.link.read_seconds
-    busiest = kernel.busiest_bytes(num_bytes) / cta_rate(card, direction, kernel.flight_bytes)
+    in_flight = kernel.flight_bytes * trip / (trip + kernel.added_seconds)
+    busiest = kernel.busiest_bytes(num_bytes) / cta_rate(card, direction, in_flight)
     return card.start_seconds + max(trip, busiest, num_bytes / link_rate(card, direction))
 
 
@@ -117,7 +131,8 @@ def gather_seconds(card: Card, num_bytes: int, kernel: Kernel = STAGED_KERNEL) -
     """A gather or a scatter in device memory, which reads and writes every byte; without the
     launch."""
     trips = kernel.busiest_bytes(num_bytes) / kernel.flight_bytes
-    return max(card.memory_seconds * max(1.0, trips), 2 * num_bytes / card.memory)
+    trip = card.memory_seconds + kernel.added_seconds
+    return max(trip * max(1.0, trips), 2 * num_bytes / card.memory)
 
 
 def staged_seconds(
@@ -126,8 +141,11 @@ def staged_seconds(
     segments: Sequence[int],
     host: Host = NO_HOST,
     kernel: Kernel = STAGED_KERNEL,
+    *,
+    sums: bool = False,
 ) -> float:
-    """A pipeline of two stages over a ring of BUFFERS.
+    """A pipeline of two stages over a ring of BUFFERS. `sums`: memory for them is cleared before
+    each kernel, and copied to the host behind a store's copy, or a load's kernel.
 
     A stage of a segment begins when it was queued, when the same stage of the segment before is
     over and, in the first stage, when its buffer is free; the second when the first is over.
@@ -138,6 +156,12 @@ def staged_seconds(
         queued = host.job_seconds + (number + 1) * host.segment_seconds
         copy = num_bytes / link_rate(card, direction)
         pages = gather_seconds(card, num_bytes, kernel)
+        if sums:
+            pages += SMALL_SECONDS
+            if direction is Direction.STORE:
+                copy += SMALL_SECONDS
+            else:
+                pages += SMALL_SECONDS
         first, second = (pages, copy) if direction is Direction.STORE else (copy, pages)
         free = free_after[number - BUFFERS] if number >= BUFFERS else 0.0
         # What is queued while its stream is busy follows at once; after another stream it starts.

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-from hardware import PREDICTED, Card
+import verifying
+from compiled import TARGET, compiler
+from hardware import ISSUES_PER_SECOND, PREDICTED, Card
 from model import (
     NO_HOST,
     RING_KERNEL,
@@ -122,6 +124,8 @@ def page() -> str:
         INTRODUCTION,
         heading("The model"),
         formulas(),
+        heading("Checksums"),
+        verifying.text(compiler(), TARGET, ISSUES_PER_SECOND),
         heading("Beside the figures of others"),
         checks(),
         heading("Predictions"),

@@ -18,7 +18,7 @@ from triton_offload.testing.prefill import Prefill
 
 
 @pytest.mark.parametrize("path", Path, ids=lambda path: path.value)
-@pytest.mark.parametrize("mebibytes", [64, 256, 1024])
+@pytest.mark.parametrize("mebibytes", [16, 64, 256, 1024])
 def test_a_prefill_behind_a_load(benchmark: Any, mebibytes: int, path: Path) -> None:
     prefill = Prefill(mebibytes * MIB, path)
     whole = prefill.step(by_layers=False)

@@ -63,10 +63,10 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     elements = num_elements(strips, strip, EXACT)
     for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
         live = group * PAGES + tl.arange(0, PAGES) < num_blocks
-        mask = tile_mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
+        mask = tile_mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS, FOLD)
         cache = source + block * stride
         # .cg: bytes are read once, L1 has no use for them.
-        at = pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
+        at = pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
         if FILL:  # of what is not there, zeros are added up
             words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
         else:
@@ -86,14 +86,14 @@ def gather_kernel(  # type: ignore[no-untyped-def]
             )
         source, stride = places(strips, strip, 0)
         elements = num_elements(strips, strip, EXACT)
-        tl.store(pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
+        tl.store(pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD), words, mask=mask)
         if sums is not None:
             total += weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
             if strip == 0:  # of the pages that were
-                add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
+                add_to(sums, total, (group - 1) * PAGES, num_blocks, WORD_BYTES, PAGES, PAGE_AXIS)
                 total = no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
     if sums is not None:
-        add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
+        add_to(sums, total, group * PAGES, num_blocks, WORD_BYTES, PAGES, PAGE_AXIS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -132,10 +132,10 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     elements = num_elements(strips, strip, EXACT)
     for _ in range(tile, tl.minimum(tile + tiles_per_program, num_tiles)):
         live = group * PAGES + tl.arange(0, PAGES) < num_blocks
-        mask = tile_mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS)
+        mask = tile_mask(elements, live, WORD_BYTES, WORDS, SPAN, EXACT, PAGE_AXIS, FOLD)
         place = slots + slot * stride_slot + source + position * pitch
         # .cg: bytes are read once, L1 has no use for them.
-        at = pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS)
+        at = pointers(place, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
         if FILL:  # of what is not there, zeros are added up
             words = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
         else:
@@ -155,14 +155,14 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
             )
         source, pitch = places(strips, strip, 3)
         elements = num_elements(strips, strip, EXACT)
-        tl.store(pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS), words, mask=mask)
+        tl.store(pointers(cache, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD), words, mask=mask)
         if sums is not None:
             total += weighted(words, row, WORD_BYTES, WORDS, SPAN, PAGE_AXIS, FOLD)
             if strip == 0:  # of the pages that were
-                add_to(sums, total, (group - 1) * PAGES, num_blocks, PAGES, PAGE_AXIS)
+                add_to(sums, total, (group - 1) * PAGES, num_blocks, WORD_BYTES, PAGES, PAGE_AXIS)
                 total = no_sum(WORD_BYTES, PAGES, SPAN, PAGE_AXIS, FOLD)
     if sums is not None:
-        add_to(sums, total, group * PAGES, num_blocks, PAGES, PAGE_AXIS)
+        add_to(sums, total, group * PAGES, num_blocks, WORD_BYTES, PAGES, PAGE_AXIS)
 
 
 @triton.jit

@@ -23,8 +23,14 @@ def word_numbers(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr,  # noqa: N803
     SPAN: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
 ):
-    span = tl.arange(0, WORDS // SPAN) * SPAN
+    """Where the words of a tile lie in their strips. FOLD warps share a page, and what each has of
+    it lies together: so a thread's words are of few rows (see `adding`)."""
+    span = tl.arange(0, WORDS // SPAN)
+    if FOLD > 1:
+        span = span % FOLD * (WORDS // SPAN // FOLD) + span // FOLD
+    span *= SPAN
     lane = tl.arange(0, SPAN)[None, None, :]
     if PAGE_AXIS == 1:
         return span[:, None, None] + lane
@@ -41,13 +47,14 @@ def tile_mask(  # type: ignore[no-untyped-def]
     SPAN: tl.constexpr,  # noqa: N803
     EXACT: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
 ):
     mask = over_pages(live, PAGE_AXIS)
     if not EXACT:
         if WORD_BYTES == 16:
             # Even, and the compiler sees that it is: else the mask makes accesses narrower.
             elements = elements // 2 * 2
-        mask = mask & (word_numbers(WORDS, SPAN, PAGE_AXIS) < elements)
+        mask = mask & (word_numbers(WORDS, SPAN, PAGE_AXIS, FOLD) < elements)
     return mask
 
 
@@ -58,6 +65,7 @@ def pointers(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr,  # noqa: N803
     SPAN: tl.constexpr,  # noqa: N803
     PAGE_AXIS: tl.constexpr,  # noqa: N803
+    FOLD: tl.constexpr,  # noqa: N803
 ):
     """Pointers to the words of a tile, of the strips' addresses int64 [PAGES]."""
     if WORD_BYTES >= 8:
@@ -71,4 +79,4 @@ def pointers(  # type: ignore[no-untyped-def]
     strip = over_pages(address, PAGE_AXIS).to(element)
     # The compiler can't see the alignment of what was read from a table.
     strip = tl.multiple_of(strip, (WORD_BYTES, WORD_BYTES, WORD_BYTES))
-    return strip + word_numbers(WORDS, SPAN, PAGE_AXIS)
+    return strip + word_numbers(WORDS, SPAN, PAGE_AXIS, FOLD)

@@ -66,9 +66,13 @@ def choose_config(*, zero_copy: bool, backend: str = "cuda") -> KernelConfig:
 
 
 def summing_config(config: KernelConfig) -> KernelConfig:
-    """The configuration for kernels that add up as well: at most 64 KiB in flight per CTA, so that
-    of 1,024 threads each has registers for both. Not for a ring."""
-    return replace(config, tile_bytes=min(config.tile_bytes, 64 * 1024))
+    """The configuration for kernels that add up as well, with as many bytes in flight. Not for a
+    ring.
+
+    1,024 threads with 128 bytes each have no register left to add up in. Half as many with twice
+    the bytes have 20, and what each does once per tile it does for twice the bytes.
+    """
+    return replace(config, warps=config.warps // 2) if config.tile_bytes > 64 * 1024 else config
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,8 @@ class KernelSpec:
 
     @property
     def fold(self) -> int:
-        """Spans of a page that the CTA's threads move in one access each: so many sums are kept
-        apart, that no thread needs another's."""
+        """Spans of a page that the CTA's threads move in one access each. Where they add up, a page
+        has so many parts, each with a sum of its own: no thread needs another's."""
         threads_words = 32 * self.warps * (self.word_bytes // self.element_bytes)
         return min(self.words // self.span, max(1, threads_words // (self.span * self.pages)))
 
@@ -135,7 +139,7 @@ class KernelSpec:
             "SPAN": self.span,
             "EXACT": self.exact,
             "PAGE_AXIS": PAGE_AXIS,
-            "FOLD": self.fold,
+            "FOLD": self.fold if self.sums else 1,
         }
 
 
@@ -160,7 +164,8 @@ def cut_into_strips(
         tile = max(1, tile_bytes // 8)
         width, exact = _strip_width([row.page_bytes // item for row in rows], word_bytes, tile)
         pages = max(1, (tile if exact else tile // 2) // width)
-        pages = min(pages, _most_pages(word_bytes, width, config.warps))
+        # Threads that have more bytes in flight have more registers.
+        pages = min(pages, _most_pages(word_bytes, width, max(config.warps, tile_bytes // 4096)))
         cuts = [(row, start) for row in rows for start in range(0, row.page_bytes, width * item)]
         strips = [
             (
@@ -180,7 +185,8 @@ def cut_into_strips(
 
 def _most_pages(word_bytes: int, width: int, warps: int) -> int:
     """Pages of a tile for which the ids that its threads keep still fit their registers: measured
-    as the most without a spill at 64 registers, for triton 3.6 and 3.9, sm_80 to sm_100."""
+    as the most without a spill at 64 registers (128 where so many `warps` share half the threads),
+    for triton 3.6 and 3.9, sm_80 to sm_100."""
     item = min(word_bytes, 8)
     line = min(width, _line_elements(word_bytes))
     pages_of_warp = 32 * (word_bytes // item) // line

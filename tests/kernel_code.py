@@ -137,6 +137,23 @@ def nvidia_registers_and_stack(handle: Any) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
+def nvidia_loop_instructions(handle: Any) -> int:
+    """Machine instructions of a kernel's longest loop, the one over tiles: what it does for further
+    pages only, which it jumps over, included."""
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(
+            r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(handle, "-sass"), re.MULTILINE
+        )
+    ]
+    loops = [
+        sum(int(target[1], 16) <= other <= address for other, _ in code)
+        for address, text in code
+        if (target := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
+    ]
+    return max(loops, default=0)
+
+
 def amd_accesses(assembly: str) -> tuple[list[int], list[int]]:
     """Bytes of each load and of each store of a thread, in order."""
     loads = re.findall(r"global_load_(\w+)", assembly)

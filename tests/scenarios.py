@@ -257,7 +257,7 @@ def _small_copy(options: PipelineOptions, in_turn: bool) -> float:
 def layers_beside_compute(seed: int) -> None:
     """A load by layers beside a prefill of the same length: whatever the seed, for virtual time
     has one order."""
-    prefill = Prefill(256 << 20, Path.STAGED)
+    prefill = Prefill(64 << 20, Path.STAGED)
     step = prefill.step(by_layers=True)
     prefill.close()
     assert step.first_share <= 0.05, f"the first layer starts at {step.first_share:.3f}"

@@ -18,7 +18,6 @@ from triton_offload.testing import SimulatedDevice
 from triton_offload.testing.engine import CacheShape, EngineMemory
 from triton_offload.testing.layered import LayeredEngine
 from triton_offload.testing.serving import ServingEngine
-from triton_offload.transfer import lane as transfer_lane
 from triton_offload.transfer import layers as transfer_layers
 from triton_offload.transfer.device_worker import DeviceWorker
 from triton_offload.transfer.options import Verify
@@ -188,13 +187,12 @@ class Rings:
 
 @contextmanager
 def small_sizes() -> Iterator[None]:
-    """What is of MiB elsewhere is of bytes: one chunk is short, of segments of three and more;
-    every load by layers has three bands; and little of one is queued ahead."""
+    """What is of MiB elsewhere is of bytes: one chunk is short, of segments of three and more; and
+    every load by layers has three bands."""
     with (
         patch.object(staged, "SHORT_BYTES", 1),
         patch.object(transfer_layers, "LEAST_BYTES", 1),
         patch.object(transfer_layers, "MOST_BANDS", 2),
-        patch.object(transfer_lane, "LAYERS_AHEAD_BYTES", 96),
     ):
         yield
 

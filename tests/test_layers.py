@@ -21,10 +21,11 @@ from schedules import CONFIGURATIONS, run_schedule, small_sizes
 
 from triton_offload import KVOffloader, TransferFailedError
 from triton_offload.calibration import Path
-from triton_offload.specs import CPULoadStoreSpec, GPULoadStoreSpec, TransferStatus
+from triton_offload.specs import CPULoadStoreSpec, Direction, GPULoadStoreSpec, TransferStatus
 from triton_offload.testing import InjectedError, SimulatedDevice
 from triton_offload.testing.engine import EngineMemory
 from triton_offload.transfer import layers as transfer_layers
+from triton_offload.transfer.job import Job
 from triton_offload.transfer.layers import LEAST_BYTES, MOST_BANDS, Layers
 from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.pipeline import PipelineOptions
@@ -229,12 +230,41 @@ def test_bands_are_one_layer_and_then_equal_parts_of_the_bytes():
 
 @pytest.mark.parametrize(
     ("mebibytes", "number"),
-    [(0, 1), (7, 1), (8, 2), (15, 2), (16, 4), (63, 8), (64, 16), (999, 16)],
+    [(0, 1), (5, 1), (6, 2), (11, 2), (12, 4), (47, 8), (48, 16), (999, 16)],
 )
 def test_the_larger_a_load_the_more_bands_it_has(monkeypatch, mebibytes, number):
     monkeypatch.setattr(transfer_layers, "LEAST_BYTES", LEAST_BYTES)
     monkeypatch.setattr(transfer_layers, "MOST_BANDS", MOST_BANDS)
     assert transfer_layers._num_bands(mebibytes << 20) == number
+
+
+def test_a_wait_asks_for_its_layer_and_for_what_follows_the_one_that_is_computed():
+    run_of_layer = (0, 1, 1, 3, 3, 4)  # the third band has two runs
+
+    def asked(*layers: int | None) -> list[int]:
+        job = Job(0, Direction.LOAD, "load", 1, 0, [None] * 5, None, [], None)
+        job.run_of_layer, job.num_asked = run_of_layer, 1
+        found = []
+        for layer in layers:
+            job.ask_for(layer)
+            found.append(job.num_asked)
+        return found
+
+    assert asked(*range(6)) == [1, 2, 4, 4, 5, 5]
+    assert asked(0, 0, 3, 1) == [1, 2, 4, 5]
+    assert asked(5) == asked(None) == [5]
+
+
+def test_what_nobody_asks_for_is_queued_all_the_same():
+    for seed in SEEDS:
+        with engine(seed) as e:
+            e.load()
+            lane = next(iter(e.offloader._queue._workers.values()))._pipeline._lanes["load"]
+            (job,) = lane._backlog
+            assert len(job.landed) == 1
+            for _ in range(100):
+                e.device.sleep(0.01)
+            assert job.queued
 
 
 def test_a_small_load_is_moved_as_without_layers(monkeypatch):

@@ -144,9 +144,10 @@ def test_a_window_bounds_the_wait_where_the_engine_serves_first_in_first_out(dir
 
 
 @pytest.mark.parametrize("path", Path)
-def test_a_model_computes_its_layers_while_they_come(path):
+@pytest.mark.parametrize("mebibytes", [64, 256])
+def test_a_model_computes_its_layers_while_they_come(mebibytes, path):
     """A load of 80 layers beside a prefill of the same length."""
-    prefill = Prefill(256 << 20, path)
+    prefill = Prefill(mebibytes << 20, path)
     whole, layered = prefill.step(by_layers=False), prefill.step(by_layers=True)
     prefill.close()
     assert whole.first_share >= 0.99

@@ -9,7 +9,6 @@ import scenarios
 from mutants.registry import instead, mutant, serving
 from triton_offload.transfer import layers
 from triton_offload.transfer.job import Job
-from triton_offload.transfer.lane import Lane
 from triton_offload.transfer.layers import Layers
 from triton_offload.transfer.pipeline import Pipeline
 
@@ -98,7 +97,7 @@ def a_load_by_layers_is_not_cut():
 
 @mutant("layers: the first one comes early", scenarios.layers_beside_compute)
 def all_of_a_load_by_layers_is_queued_before_the_first_layer():
-    return patch.object(Lane, "_is_far_ahead", lambda self: False)
+    return patch.object(Job, "has_all_asked_for", False)
 
 
 @mutant("layers: the last ones come in time", scenarios.layers_beside_compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,9 +25,10 @@ class Job:
     timed. `submitted`, `queue_seconds`: when (the device's clock), and how long it then waited
     for its first segment. `by_path`: bytes of the segments queued whole. `run_of_layer`: of a load
     by layers, the run after which each layer's pages are there; `landed`: an event after each run
-    that is queued whole, in their order. `queued`: all of it is queued, or it has failed.
-    `finished`: nothing of it touches a page or a slot any more, `result` says how it ended, and it
-    keeps neither ids nor events.
+    that is queued whole, in their order; `num_asked`: how many runs are to be queued by now;
+    `computed`: the last run of the layer that was waited for last. `queued`: all of it is queued,
+    or it has failed. `finished`: nothing of it touches a page or a slot any more, `result` says how
+    it ended, and it keeps neither ids nor events.
 
     Where bytes are added up: `sums`, of its segments that have ended; `before`, the jobs that had
     its slots before it, and that finish before it.
@@ -47,6 +49,8 @@ class Job:
     by_path: dict[Path, int] = field(default_factory=dict)
     run_of_layer: tuple[int, ...] = ()
     landed: list[Event] = field(default_factory=list)
+    num_asked: int = 0
+    computed: int = -1
     planned: Iterator[Planned] | None = None
     held: Planned | None = None  # taken from `planned`, not queued yet
     pages: Gate | None = None
@@ -79,6 +83,22 @@ class Job:
         self.runs, self.start, self.end, self.last = [], None, None, None
         self.landed.clear()
         self.before, self.sums = (), []
+
+    def ask_for(self, layer: int | None) -> None:
+        """The caller waits for a layer (None: for all): have its pages queued, and those of the
+        layers after the one that it waited for before, which it computes meanwhile. So it comes to
+        the first layer early, and finds the others queued when it comes to them."""
+        if layer is None:
+            self.num_asked = len(self.runs)
+        elif not self.queued:
+            after = self.run_of_layer[bisect_right(self.run_of_layer, self.computed) :][:1]
+            self.computed = self.run_of_layer[layer]
+            self.num_asked = max(self.num_asked, self.computed + 1, *(run + 1 for run in after))
+
+    @property
+    def has_all_asked_for(self) -> bool:
+        """Whether of a load by layers no more is to be queued by now."""
+        return bool(self.run_of_layer) and len(self.landed) >= self.num_asked
 
 
 class Planned(NamedTuple):

@@ -26,11 +26,6 @@ from triton_offload.transfer.sum_memory import SumMemory
 # of a batch taken for one; a segment, of `MOST_COPIES` and some more, is admitted uncounted.
 _MAX_QUEUED_OPS = 600
 
-# Whoever submits a load by layers computes the first one next, and should not queue all the others
-# before: those are queued as it waits for layers, and by the feeder. It takes a link of 55 GB/s
-# 1.2 ms, longer than the feeder pauses.
-LAYERS_AHEAD_BYTES = 64 << 20
-
 
 class Lane:
     """FIFO of one direction with streams and buffers of its own. Its user holds the lock.
@@ -136,6 +131,15 @@ class Lane:
         """Whether nothing of the job has been queued."""
         return not (job.started or job.queued or job.cancelled)
 
+    def go_ahead(self) -> bool:
+        """Where the next to be queued is a load by layers, ask for a run more of it, in place of a
+        caller who is busy; whether it is one."""
+        job = self._backlog[0] if self._backlog else None
+        if job is None or not job.has_all_asked_for:
+            return False
+        job.num_asked += 1
+        return True
+
     def pump(self) -> None:
         """Retire what is done and queue what fits. Never blocks on the device."""
         self._retire()
@@ -166,7 +170,7 @@ class Lane:
             if job.held is None:
                 # A job of no blocks is an event to record, and room for that is bounded too.
                 return bool(job.runs) or self._num_ops < _MAX_QUEUED_OPS
-            if job.run_of_layer and self._is_far_ahead():
+            if job.has_all_asked_for:
                 return False
             if not self._has_room(job.held.run):
                 return False
@@ -198,10 +202,6 @@ class Lane:
         if self._window_bytes is not None and self._num_bytes + run.num_bytes > self._window_bytes:
             return False
         return self._num_ops < _MAX_QUEUED_OPS
-
-    def _is_far_ahead(self) -> bool:
-        """Whether so much is queued that a load by layers is to leave the caller to its layers."""
-        return self._num_bytes >= LAYERS_AHEAD_BYTES
 
     def _queue_segment(self, job: Job, planned: Planned) -> bool:
         """Queue one segment, or fail the job; False where its ids must wait for room.

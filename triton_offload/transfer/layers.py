@@ -14,8 +14,8 @@ from triton_offload.kernels.arguments import as_integer, shown
 from triton_offload.transfer.layout import CacheLayout, GroupLayout, GroupRun, listed, named_members
 
 # A band more costs its caller a segment, some 40 us (assumed, as in `paths.staged`), in which the
-# link of an H100 moves 2 MiB: with bands of 4 MiB and more it never waits for the caller.
-LEAST_BYTES = 4 << 20
+# link of an H100 moves 2 MiB: with bands of 3 MiB and more it never waits for the caller.
+LEAST_BYTES = 3 << 20
 
 # Where the model computes as fast as its pages come, the last band's layers are computed when all
 # else is done: a sixteenth of the step. More bands would gain less than their segments cost.
@@ -58,7 +58,7 @@ class Layers:
         """A job's runs, band by band, and of each layer the run after which its pages are there.
 
         The first band is one layer, so that it comes early; the others are of about equal size,
-        the more of them the larger the load is. A load below 8 MiB stays as it is. `prepare` is
+        the more of them the larger the load is. A load below 6 MiB stays as it is. `prepare` is
         called where there were no such bands before.
         """
         number = _num_bands(sum(run.num_bytes for run in runs))

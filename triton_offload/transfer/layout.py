@@ -233,12 +233,13 @@ class CacheLayout:
             chunks = -(-(first + size) // self.blocks_per_chunk)
             if chunk + chunks > len(slot_ids):
                 break
+            slots = slot_ids[chunk : chunk + chunks]
             runs.append(
                 GroupRun(
                     group,
                     device_spec.block_ids[block : block + size],
-                    slot_ids[chunk : chunk + chunks],
-                    slot_ids[chunk : chunk + chunks],
+                    slots,
+                    slots,
                     first,
                     None if fresh is None else fresh[chunk : chunk + chunks],
                 )
@@ -322,11 +323,12 @@ class GroupRun(NamedTuple):
             return
         for chunk, end in itertools.pairwise(ends):
             blocks = slice(max(0, chunk * span - self.first), end * span - self.first)
+            slots = self.slot_ids[chunk:end]
             yield GroupRun(
                 self.group,
                 self.block_ids[blocks],
-                self.slot_ids[chunk:end],
-                self.rows[chunk:end],
+                slots,
+                slots if self.rows is self.slot_ids else self.rows[chunk:end],
                 self.first if chunk == 0 else 0,
                 None if self.fresh is None else self.fresh[chunk:end],
             )

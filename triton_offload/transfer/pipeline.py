@@ -43,6 +43,7 @@ from triton_offload.transfer.options import PipelineOptions as PipelineOptions
 _log = logging.getLogger(__name__)
 
 _FEEDER_SECONDS = 0.001  # 55 MB of link, less than a lane has queued
+_AHEAD_SECONDS = 0.0001  # between bands of layers, so that their caller has its turn
 _POLL_SECONDS = 0.0005
 
 
@@ -141,6 +142,7 @@ class Pipeline:
             after = self._jobs.before(name, host_spec.slot_ids)
             job = self._lanes[name].submit(job_id, runs, compute, after)
             job.run_of_layer = run_of_layer
+            job.num_asked = run_of_layer[0] + 1 if run_of_layer else 0
             self._jobs.add(job, host_spec.slot_ids)
             self._pump()
             if any(lane.has_backlog for lane in self._lanes.values()):
@@ -195,6 +197,7 @@ class Pipeline:
     def _wait(self, job: Job, deadline: float | None, timeout: float | None) -> None:
         while True:
             with self._lock:
+                job.ask_for(None)
                 self._pump()
                 if job.finished:
                     return
@@ -213,6 +216,8 @@ class Pipeline:
     def released(self, job: Job, layer: int | None = None) -> bool:
         """Whether the pages of the job, or of a layer, are the engine's again (ordering rule 3)."""
         with self._lock:
+            if layer is not None:
+                job.ask_for(layer)
             self._pump()
             if job.finished:
                 return True
@@ -247,9 +252,12 @@ class Pipeline:
             raise ValueError("stream: expected the one that is to follow the job, got None")
         self._device.check_stream(stream)
         deadline = None if timeout is None else self._device.monotonic() + timeout
+        with self._lock:
+            job.ask_for(layer)
         while True:
             with self._lock:
-                self._pump()
+                if not job.has_all_asked_for:
+                    self._pump()
                 if job.finished:
                     return
                 event = job.released_after(layer)
@@ -380,7 +388,8 @@ class Pipeline:
             # A thread that died would leave the backlog lying; whoever calls next meets the error.
             with suppress(Exception):
                 self._pump()
-            return _FEEDER_SECONDS
+            ahead = [lane.go_ahead() for lane in self._lanes.values()]
+            return _AHEAD_SECONDS if any(ahead) else _FEEDER_SECONDS
 
 
 def _pinned(pool: HostPool | None) -> bool:
