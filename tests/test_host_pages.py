@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from triton_offload.device import host_pages
+from triton_offload.device import host_pages, host_torch, native
 from triton_offload.kernels import reference
 from triton_offload.kernels.table import PageTable
 
@@ -46,17 +46,34 @@ def ids(count, consecutive, rng):
     return [first + i for i in range(count)] if consecutive else rng.sample(range(2 * count), count)
 
 
-@pytest.fixture(params=["numpy", "numpy, page by page", "torch"])
+@pytest.fixture(params=["C", "C, in parts", "numpy", "numpy, page by page", "torch"])
 def by(request, monkeypatch):
+    if request.param == "C, in parts":
+        request.getfixturevalue("by_parts")
+    elif request.param != "C":
+        request.getfixturevalue("without_c")
     if request.param == "torch":
-        monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(host_torch, "_SMALL_BYTES", 0)
     elif request.param == "numpy, page by page":
-        monkeypatch.setattr(host_pages, "_ONE_PAGE_BYTES", 1)
+        monkeypatch.setattr(host_torch, "_ONE_PAGE_BYTES", 1)
 
 
 @pytest.fixture
-def by_torch(monkeypatch):
-    monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
+def by_parts(monkeypatch):
+    """Two blocks per call, or one, each by a thread of its own."""
+    for name in ("_CALL_BYTES", "_TAKE_BYTES", "_THREAD_BYTES"):
+        monkeypatch.setattr(host_pages, name, 150 if name == "_CALL_BYTES" else 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.fixture
+def without_c(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: native.Native(None, "switched off"))
+
+
+@pytest.fixture
+def by_torch(monkeypatch, without_c):
+    monkeypatch.setattr(host_torch, "_SMALL_BYTES", 0)
 
 
 @pytest.mark.parametrize("pages", [(16,), (8, 24), (4, 4), (2, 6), (1, 3), (48, 577, 16)])
@@ -77,7 +94,7 @@ def test_pages_equal_the_reference(pages, in_order, by):
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch, by_torch):
-    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 4 * 64)
+    monkeypatch.setattr(host_torch, "_SLICE_BYTES", 4 * 64)
     rng = random.Random(0)
     for slices in (1, 2):
         count = 4 * slices + more
@@ -85,7 +102,7 @@ def test_rows_through_a_temporary_are_cut_nowhere_wrong(more, monkeypatch, by_to
 
 
 def test_pages_wider_than_a_slice_go_one_at_a_time(monkeypatch, by_torch):
-    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 32)
+    monkeypatch.setattr(host_torch, "_SLICE_BYTES", 32)
     check((64,), 1, [5, 2, 0], [3, 0, 4], 0)
 
 
@@ -98,7 +115,7 @@ def test_rows_through_a_temporary_take_no_more_memory_than_a_slice(monkeypatch, 
         return found
 
     monkeypatch.setattr(torch.Tensor, "index_select", noted)
-    monkeypatch.setattr(host_pages, "_SLICE_BYTES", 4 * 64)
+    monkeypatch.setattr(host_torch, "_SLICE_BYTES", 4 * 64)
     check((64,), 1, [9, 5, 2, 0, 7, 3], [3, 0, 4, 9, 1, 7], 0)
     assert max(each.numel() * each.element_size() for each in taken) == 4 * 64
 
@@ -127,7 +144,7 @@ def small_table(num_blocks=6, tensors=3):
     return PageTable(caches, 1)
 
 
-def test_each_memory_of_slots_has_places_of_its_own():
+def test_each_memory_of_slots_has_places_of_its_own(by):
     table = small_table()
     ids = torch.tensor([1, 4])
     made = [
@@ -144,19 +161,19 @@ def test_each_memory_of_slots_has_places_of_its_own():
         assert torch.equal(slots, wanted)
 
 
-def test_slots_that_shrink_in_the_same_memory_are_seen_as_they_are_now():
+def test_slots_that_shrink_in_the_same_memory_are_seen_as_they_are_now(by):
     table = small_table()
     memory = torch.zeros(4, table.slot_bytes, dtype=torch.uint8)
     ids = torch.tensor([2])
     host_pages.gather(table, ids, memory, torch.tensor([3]), 0)
-    with pytest.raises(IndexError, match="out of bounds"):
+    with pytest.raises(IndexError, match="out of (bounds|range)"):
         host_pages.gather(table, torch.tensor([2, 1]), memory[:2], torch.tensor([3, 1]), 0)
 
 
-def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory():
+def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory(without_c):
     table = small_table()
     ids = torch.tensor([1])
-    for rows in range(1, 3 * host_pages._MAX_PLACES):
+    for rows in range(1, 3 * host_torch._MAX_PLACES):
         slots = torch.zeros(rows, table.slot_bytes, dtype=torch.uint8)
         gone = weakref.ref(slots.untyped_storage()), weakref.ref(slots)
         host_pages.scatter(table, ids, slots, torch.tensor([rows - 1]), 0)
@@ -164,20 +181,23 @@ def test_what_is_kept_of_slots_is_bounded_and_owns_no_memory():
         del slots
         gc.collect()
         assert gone[1]() is None
-    assert len(host_pages._plans[table]._tensors) <= host_pages._MAX_PLACES
+    assert len(host_torch._plans[table]._tensors) <= host_torch._MAX_PLACES
 
 
-def test_what_is_kept_of_a_table_goes_with_it():
-    before = len(host_pages._plans)
+@pytest.mark.parametrize("kept", [host_pages._tensors, host_torch._plans], ids=["C", "torch"])
+def test_what_is_kept_of_a_table_goes_with_it(kept, request):
+    if kept is host_torch._plans:
+        request.getfixturevalue("without_c")
+    before = len(kept)
     table = small_table()
     slots = torch.zeros(1, table.slot_bytes, dtype=torch.uint8)
     host_pages.gather(table, torch.tensor([1]), slots, torch.tensor([0]), 0)
-    assert len(host_pages._plans) == before + 1
+    assert len(kept) == before + 1
     gone = weakref.ref(table.pages[0].view)
     del table
     gc.collect()
     assert gone() is None
-    assert len(host_pages._plans) == before
+    assert len(kept) == before
 
 
 def test_numbers_whose_ends_fit_are_no_slice(by):
