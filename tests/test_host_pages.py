@@ -11,7 +11,7 @@ import torch
 
 from triton_offload.device import host_pages, host_torch, native
 from triton_offload.kernels import reference
-from triton_offload.kernels.table import PageTable
+from triton_offload.kernels.table import ROW_BYTES, PageTable
 
 POISON = 0xA5
 
@@ -61,8 +61,9 @@ def by(request, monkeypatch):
 @pytest.fixture
 def by_parts(monkeypatch):
     """Two blocks per call, or one, each by a thread of its own."""
-    for name in ("_CALL_BYTES", "_TAKE_BYTES", "_THREAD_BYTES"):
+    for name in ("_CALL_BYTES", "_THREAD_BYTES"):
         monkeypatch.setattr(host_pages, name, 150 if name == "_CALL_BYTES" else 1)
+    monkeypatch.setattr(host_pages, "_TAKE_BYTES", ROW_BYTES)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
 

@@ -38,16 +38,17 @@ struct move {
     int64_t first_block;
     const int64_t *block_ids;
     int64_t count;
-    uint64_t *sums; /* [count], added to; or NULL */
+    _Atomic uint64_t *sums; /* [count], added to; or NULL */
     int64_t gathers;
     int64_t num_threads;
-    int64_t step; /* blocks that a thread takes at once */
+    int64_t step; /* pages of a tensor that a thread takes at once */
 };
 
 /* One call's, for all of its threads. */
 struct work {
     const struct move *move;
-    _Atomic int64_t next; /* the first block that nobody has taken */
+    int64_t parts;        /* of each tensor */
+    _Atomic int64_t next; /* the first part, tensor by tensor, that nobody has taken */
 };
 
 static uint64_t multiplier(int64_t row)
@@ -87,7 +88,8 @@ static uint64_t copy_page(char *restrict to, const char *restrict from, int64_t 
 }
 
 /* The pages of one tensor of blocks [begin, end). */
-static void copy_pages(const struct move *move, const struct tensor *tensor, int64_t begin, int64_t end)
+static void copy_pages(const struct move *move, const struct tensor *tensor, int64_t begin,
+                       int64_t end)
 {
     int64_t chunk = (move->first_block + begin) / move->blocks_per_chunk;
     int64_t position = (move->first_block + begin) % move->blocks_per_chunk;
@@ -98,7 +100,7 @@ static void copy_pages(const struct move *move, const struct tensor *tensor, int
         uint64_t sum = copy_page(move->gathers ? place : page, move->gathers ? page : place,
                                  tensor->page_bytes, tensor->first_row);
         if (move->sums)
-            move->sums[i] += sum;
+            atomic_fetch_add_explicit(&move->sums[i], sum, memory_order_relaxed);
         if (++position == move->blocks_per_chunk) {
             position = 0;
             chunk++;
@@ -106,16 +108,16 @@ static void copy_pages(const struct move *move, const struct tensor *tensor, int
     }
 }
 
-/* What each thread does: as long as there are blocks, it takes some. Their sums are its alone. */
-static void *take_blocks(void *argument)
+/* What each thread does: as long as there is a part, it takes one. */
+static void *take_parts(void *argument)
 {
     struct work *work = argument;
     const struct move *move = work->move;
-    int64_t begin;
-    while ((begin = atomic_fetch_add(&work->next, move->step)) < move->count) {
-        int64_t end = move->count - begin < move->step ? move->count : begin + move->step;
-        for (int64_t i = 0; i < move->num_tensors; i++)
-            copy_pages(move, &move->tensors[i], begin, end);
+    int64_t part;
+    while ((part = atomic_fetch_add(&work->next, 1)) < move->num_tensors * work->parts) {
+        int64_t begin = part % work->parts * move->step, end = begin + move->step;
+        copy_pages(move, &move->tensors[part / work->parts], begin,
+                   end < move->count ? end : move->count);
     }
     return NULL;
 }
@@ -140,13 +142,13 @@ int move_pages(const struct move *move)
 {
     if (!ids_are_valid(move))
         return 1;
-    struct work work = {move, 0};
+    struct work work = {move, (move->count + move->step - 1) / move->step, 0};
     pthread_t threads[MAX_THREADS];
     int started = 0;
     while (started < MAX_THREADS && started < move->num_threads - 1
-           && pthread_create(&threads[started], NULL, take_blocks, &work) == 0)
+           && pthread_create(&threads[started], NULL, take_parts, &work) == 0)
         started++; /* where the system has no more threads, the others do it all */
-    take_blocks(&work);
+    take_parts(&work);
     while (started > 0)
         pthread_join(threads[--started], NULL);
     return 0;

@@ -6,13 +6,13 @@ Where that could not be compiled, numpy and torch do the same (`host_torch`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 
 from triton_offload.device import host_torch, native
-from triton_offload.kernels.table import PageTable
+from triton_offload.kernels.table import ROW_BYTES, PageRow, PageTable
 
 # What one call of C moves, some 15 ms of one thread: between two, work that is to be dropped ends.
 _CALL_BYTES = 64 << 20
@@ -21,7 +21,7 @@ _CALL_BYTES = 64 << 20
 # quarter of this (two cores of a Xeon at 2.5 GHz).
 _THREAD_BYTES = 1 << 20
 
-# What a thread takes at once: some 0.05 ms, so that all end together.
+# What a thread takes at once: some 0.05 ms, so that all end together. Longer pages are cut.
 _TAKE_BYTES = 256 << 10
 
 _Check = Callable[[], object]
@@ -100,19 +100,22 @@ _tensors: WeakKeyDictionary[PageTable, ctypes.Array[_Tensor]] = WeakKeyDictionar
 def _tensors_of(table: PageTable) -> ctypes.Array[_Tensor]:
     tensors = _tensors.get(table)
     if tensors is None:
-        made = [
-            _Tensor(
-                page.view.data_ptr(),
-                page.block_stride,
-                page.page_bytes,
-                page.offset,
-                page.pitch,
-                page.first_row,
-            )
-            for page in table.pages
-        ]
+        made = [piece for page in table.pages for piece in _cut(page)]
         tensors = _tensors[table] = (_Tensor * len(made))(*made)
     return tensors
+
+
+def _cut(page: PageRow) -> Iterator[_Tensor]:
+    """Pieces of the pages of a tensor, each as if it were one."""
+    for begin in range(0, page.page_bytes, _TAKE_BYTES):
+        yield _Tensor(
+            page.view.data_ptr() + begin,
+            page.block_stride,
+            min(_TAKE_BYTES, page.page_bytes - begin),
+            page.offset + begin,
+            page.pitch,
+            page.first_row + begin // ROW_BYTES,
+        )
 
 
 def _move(
@@ -133,7 +136,7 @@ def _move(
     total, span = block_ids.shape[0], table.bytes_per_block
     count = max(1, _CALL_BYTES // span)
     threads = min(torch.get_num_threads(), 1 + total * span // _THREAD_BYTES)
-    step = max(1, _TAKE_BYTES // span)
+    step = max(1, _TAKE_BYTES * len(tensors) // span)
     for first in range(0, total, count):
         check()
         parts = _Parts(
