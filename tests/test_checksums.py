@@ -121,8 +121,8 @@ def test_what_passes_in_parts_adds_up_to_the_whole():
 @pytest.fixture(params=["C", "C, by threads", "numpy", "torch"])
 def by(request, monkeypatch):
     if request.param == "C, by threads":
-        for name in ("_CALL_BYTES", "_THREAD_BYTES"):
-            monkeypatch.setattr(host_pages, name, 10_000 if name == "_CALL_BYTES" else 1)
+        monkeypatch.setattr(host_pages, "_CALL_BYTES", 10_000)
+        monkeypatch.setattr(host_pages, "_THREAD_BYTES", 1)
         monkeypatch.setattr(host_pages, "_TAKE_BYTES", ROW_BYTES)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     elif request.param != "C":

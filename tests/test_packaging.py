@@ -29,8 +29,9 @@ from setuptools import build_meta
 print(getattr(build_meta, f"build_{sys.argv[1]}")(sys.argv[2]))
 """
 _STORE_AND_LOAD = """
-import sys
+import os, sys
 target = sys.argv[1]
+os.environ["XDG_CACHE_HOME"] = os.path.join(target, "cache")  # so that it compiles
 sys.path.insert(0, target)
 import torch
 import triton_offload
