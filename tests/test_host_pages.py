@@ -165,7 +165,8 @@ def test_ids_out_of_range_move_nothing(blocks, slots, first, with_c):
     """Whoever calls has checked them; in C they would be written to wherever they point."""
     table = PageTable([torch.ones(6, 8, dtype=torch.uint8)], 2)
     memory = torch.zeros(4, table.slot_bytes, dtype=torch.uint8)
-    ids = torch.tensor(blocks), memory, torch.tensor(slots), first
+    behind = torch.tensor([*slots, 1])  # one that nobody named
+    ids = torch.tensor(blocks), memory, behind[:-1], first
     for move in (host_pages.gather, host_pages.scatter):
         with pytest.raises(IndexError, match="out of range"):
             move(table, *ids)
