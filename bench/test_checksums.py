@@ -1,0 +1,76 @@
+"""What checksums cost in CPU memory: jobs with `verify="load"` beside the same without, in turn.
+
+    python bench/run.py checksums
+
+From the call to the last byte, through an offloader each, on the same pages. What tells is the
+least of many rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sizes import HAS_GPU
+from timing import note
+from units import KIB, MIB
+from world import World
+
+from triton_offload import KVOffloader
+
+TENSORS = 32
+PAGES = (4 * KIB, 16 * KIB, 64 * KIB)
+JOB_BYTES = (2 * MIB, 128 * MIB)
+ROUNDS = {2 * MIB: 200, 128 * MIB: 12}
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="the host device is measured where no GPU is")
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+@pytest.mark.parametrize("page_bytes", PAGES)
+@pytest.mark.parametrize("job_bytes", JOB_BYTES)
+def test_beside_the_same_without(
+    benchmark: Any, job_bytes: int, page_bytes: int, direction: str
+) -> None:
+    world = World.build(page_bytes, job_bytes // page_bytes, tensors=TENSORS)
+    keys = [b"%d" % i for i in range(len(world.block_ids))]
+    room = len(keys) * world.layout.slot_bytes
+    without: list[float] = []
+    with (
+        KVOffloader(world.caches, room) as plain,
+        KVOffloader(world.caches, room, verify="load") as verified,
+    ):
+
+        def call(offloader: KVOffloader) -> Callable[[], None]:
+            move = offloader.store if direction == "store" else offloader.load
+            return lambda: move(keys, world.block_ids).wait()
+
+        def before(offloader: KVOffloader) -> None:
+            if direction == "store":  # again into the same slots
+                offloader.reset()
+            offloader.get_finished()
+
+        def setup() -> None:
+            before(plain)
+            start = time.perf_counter()
+            call(plain)()
+            without.append(time.perf_counter() - start)
+            before(verified)
+
+        for offloader in (plain, verified):
+            offloader._pool.wait_ready(120)
+            offloader.store(keys, world.block_ids).wait()
+        benchmark.pedantic(call(verified), setup=setup, rounds=ROUNDS[job_bytes], warmup_rounds=2)
+    least = min(without)
+    note(
+        benchmark,
+        "checksums",
+        direction=direction,
+        page_bytes=page_bytes,
+        blocks=len(keys),
+        bytes=world.num_bytes,
+        without_seconds=least,
+        times=benchmark.stats.stats.min / least,
+    )
