@@ -23,7 +23,7 @@ SMALL_COPY_SECONDS = 1e-3
 # Of torch's indexed copies, by the least number of blocks.
 SMALL_JOB_SHARES = {1: 0.5, 64: 0.9}
 LOOKUP_TIMES = 1.5
-# Of the time without checksums, on the host device, pages of this size and longer.
+# Of the time without checksums, on the host device: the largest job of pages from this size on.
 CHECKSUM_TIMES = 1.1
 CHECKSUM_PAGE_BYTES = 16 * KIB
 
@@ -130,7 +130,7 @@ def _small_jobs(results: Results) -> Iterator[Row]:
 
 
 def _checksums(results: Results) -> Iterator[Row]:
-    for record in results.of("checksums"):
+    for record in largest_jobs(results.of("checksums")):
         if record["page_bytes"] >= CHECKSUM_PAGE_BYTES:
             size, times = size_name(record["page_bytes"]), record["times"]
             job = f"{record['direction']} of {size_name(record['bytes'])}, pages of {size}"

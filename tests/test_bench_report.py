@@ -396,8 +396,8 @@ def test_a_promise_that_is_not_kept_is_called_so() -> None:
     ]
     assert promised(*small) == [("0.49", missed), ("0.5", "met"), ("0.89", missed), ("0.9", "met")]
     sums = [
-        record("checksums", direction="load", page_bytes=size, bytes=1 << 20, times=times)
-        for size, times in [(4096, 1.3), (16384, 1.11), (65536, 1.1)]
+        record("checksums", direction="load", page_bytes=size, pages=n, bytes=n * size, times=times)
+        for size, n, times in [(4096, 9, 1.3), (16384, 9, 1.11), (65536, 1, 2.0), (65536, 9, 1.1)]
     ]
     assert promised(*sums) == [("1.11", missed), ("1.1", "met")]
     lookups = [record("lookup", keys=2048, ratio=ratio) for ratio in (1 / 1.6, 1 / 1.5)]
