@@ -22,8 +22,8 @@ from triton_offload import KVOffloader
 
 TENSORS = 32
 PAGES = (4 * KIB, 16 * KIB, 64 * KIB)
-JOB_BYTES = (2 * MIB, 128 * MIB)
-ROUNDS = {2 * MIB: 200, 128 * MIB: 12}
+JOB_BYTES = (2 * MIB, 64 * MIB)
+ROUNDS = {2 * MIB: 100, 64 * MIB: 25}
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="the host device is measured where no GPU is")
 
