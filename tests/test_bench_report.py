@@ -352,7 +352,13 @@ def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path)
         stats=SimpleNamespace(stats=SimpleNamespace(median=5e-6, min=4e-6)),
         extra_info={"kind": "polling", "device": "host device", "jobs": 1},
     )
-    job = {"direction": "load", "page_bytes": 4096, "bytes": 1 << 21, "without_seconds": 2e-6}
+    job = {
+        "direction": "load",
+        "page_bytes": 4096,
+        "pages": 512,
+        "bytes": 1 << 21,
+        "without_seconds": 2e-6,
+    }
     summed = copy.copy(benchmark)
     summed.extra_info = {"kind": "checksums", "device": "host device", "times": 2.0, **job}
     notes: dict[str, Any] = {
