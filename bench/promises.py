@@ -23,7 +23,8 @@ SMALL_COPY_SECONDS = 1e-3
 # Of torch's indexed copies, by the least number of blocks.
 SMALL_JOB_SHARES = {1: 0.5, 64: 0.9}
 LOOKUP_TIMES = 1.5
-# Of the time without checksums, on the host device: the largest job of pages from this size on.
+# Of the processor time without checksums, on the host device: the largest job of pages from this
+# size on.
 CHECKSUM_TIMES = 1.1
 CHECKSUM_PAGE_BYTES = 16 * KIB
 
@@ -134,7 +135,11 @@ def _checksums(results: Results) -> Iterator[Row]:
         if record["page_bytes"] >= CHECKSUM_PAGE_BYTES:
             size, times = size_name(record["page_bytes"]), record["times"]
             job = f"{record['direction']} of {size_name(record['bytes'])}, pages of {size}"
-            row = f"{job}: times that without checksums", f"<= {CHECKSUM_TIMES:g}", f"{times:.3g}"
+            row = (
+                f"{job}: processor time, times that without checksums",
+                f"<= {CHECKSUM_TIMES:g}",
+                f"{times:.3g}",
+            )
             yield Row(*row, times <= CHECKSUM_TIMES)
 
 

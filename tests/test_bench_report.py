@@ -357,6 +357,7 @@ def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path)
         "page_bytes": 4096,
         "pages": 512,
         "bytes": 1 << 21,
+        "with_seconds": 4e-6,
         "without_seconds": 2e-6,
     }
     summed = copy.copy(benchmark)
