@@ -23,6 +23,10 @@ SMALL_COPY_SECONDS = 1e-3
 # Of torch's indexed copies, by the least number of blocks.
 SMALL_JOB_SHARES = {1: 0.5, 64: 0.9}
 LOOKUP_TIMES = 1.5
+# Of the processor time without checksums, on the host device: the largest job of pages from this
+# size on.
+CHECKSUM_TIMES = 1.1
+CHECKSUM_PAGE_BYTES = 16 * KIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Row:
 def promises(results: Results) -> str:
     kinds = (
         *(_transfers, _both_ways, _slowdown, _small_copy),
-        *(_planning, _managers, _code, _small_jobs),
+        *(_planning, _managers, _code, _small_jobs, _checksums),
     )
     rows = [row for kind in kinds for row in kind(results)]
     if not rows:
@@ -124,6 +128,19 @@ def _small_jobs(results: Results) -> Iterator[Row]:
         times = 1 / record["ratio"]
         job = f"lookup of {record['keys']:,} keys: times the manager's own"
         yield Row(job, f"<= {LOOKUP_TIMES:g}", f"{times:.3g}", times <= LOOKUP_TIMES)
+
+
+def _checksums(results: Results) -> Iterator[Row]:
+    for record in largest_jobs(results.of("checksums")):
+        if record["page_bytes"] >= CHECKSUM_PAGE_BYTES:
+            size, times = size_name(record["page_bytes"]), record["times"]
+            job = f"{record['direction']} of {size_name(record['bytes'])}, pages of {size}"
+            row = (
+                f"{job}: processor time, times that without checksums",
+                f"<= {CHECKSUM_TIMES:g}",
+                f"{times:.3g}",
+            )
+            yield Row(*row, times <= CHECKSUM_TIMES)
 
 
 def _both_ways(results: Results) -> Iterator[Row]:

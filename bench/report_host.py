@@ -10,7 +10,7 @@ from tables import heading, image, table
 
 def host(results: Results, drawn: dict[str, str]) -> str:
     """Planning, submission, launches, polling, pools."""
-    parts = [_planning(results, drawn), _submission(results)]
+    parts = [_planning(results, drawn), _submission(results), _checksums(results)]
     small = [
         [f"`get_finished`, {r['jobs']} jobs in flight", time_name(r.seconds)]
         for r in results.of("polling")
@@ -86,6 +86,28 @@ def _submission(results: Results) -> str:
         fitted += "No device takes part: what its driver or its threads take comes on top.\n"
     columns = ["blocks", "tensors", "path", "slots", "segments", "`transfer_async`"]
     return heading("Submitting a job", 3) + table(columns, rows) + "\n" + fitted
+
+
+def _checksums(results: Results) -> str:
+    rows = [
+        [
+            r["direction"],
+            size_name(r["page_bytes"]),
+            size_name(r["bytes"]),
+            time_name(r["with_seconds"]),
+            time_name(r["without_seconds"]),
+            f"{r['times']:.2f}",
+        ]
+        for r in results.of("checksums")
+    ]
+    if not rows:
+        return ""
+    return (
+        heading("Checksums in CPU memory", 3)
+        + 'The least of rounds in turn, with `verify="load"` and without; *times*: of processor '
+        "time, of which other programs take none.\n\n"
+        + table(["job", "pages", "bytes", "with", "without", "times"], rows)
+    )
 
 
 def _slope_of(records: Iterable[Record], units: str, **facts: str) -> float | None:

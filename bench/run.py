@@ -42,6 +42,7 @@ SUITES = (
     Suite("interference", 60),
     Suite("submission", 60),
     Suite("small_jobs", 60),
+    Suite("checksums", 60),
     Suite("layers", 60),
     Suite("static", 60),
     Suite("executed", 90),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -351,21 +352,32 @@ def test_the_report_of_a_cpu_says_what_it_is_and_what_is_missing(tmp_path: Path)
         stats=SimpleNamespace(stats=SimpleNamespace(median=5e-6, min=4e-6)),
         extra_info={"kind": "polling", "device": "host device", "jobs": 1},
     )
+    job = {
+        "direction": "load",
+        "page_bytes": 4096,
+        "pages": 512,
+        "bytes": 1 << 21,
+        "with_seconds": 4e-6,
+        "without_seconds": 2e-6,
+    }
+    summed = copy.copy(benchmark)
+    summed.extra_info = {"kind": "checksums", "device": "host device", "times": 2.0, **job}
     notes: dict[str, Any] = {
         "facts": {"cores": "2", "load average at the end": "9 9 9", "GPU": "none"},
         "seconds": 12.0,
         "skipped": {},
         "failed": [],
     }
-    (tmp_path / "submission.records.jsonl").write_text(line_of(benchmark))
+    (tmp_path / "submission.records.jsonl").write_text(line_of(benchmark) + line_of(summed))
     (tmp_path / "submission.notes.json").write_text(json.dumps(notes))
     notes |= {"skipped": {"needs a GPU": 80}, "failed": ["test_kernels.py::test_x"]}
     (tmp_path / "kernels.notes.json").write_text(json.dumps(notes))  # nothing of it ran
     results = Results.load(tmp_path)
-    assert (len(results.records), results.seconds, results.on_gpu) == (1, 24.0, False)
+    assert (len(results.records), results.seconds, results.on_gpu) == (2, 24.0, False)
     text = report.build(results, [])
     assert "No GPU was here" in text
     assert "`get_finished`, 1 jobs in flight | 5 us" in text
+    assert "| load | 4 KiB | 2 MiB | 4 us | 2 us | 2.00 |" in text
     assert "| kernels | needs a GPU | 80 |" in text
     assert "- `test_kernels.py::test_x`" in text
     assert "Other programs were running" in text
@@ -390,6 +402,11 @@ def test_a_promise_that_is_not_kept_is_called_so() -> None:
         for n, r in [(16, 0.49), (16, 0.5), (64, 0.89), (64, 0.9)]
     ]
     assert promised(*small) == [("0.49", missed), ("0.5", "met"), ("0.89", missed), ("0.9", "met")]
+    sums = [
+        record("checksums", direction="load", page_bytes=size, pages=n, bytes=n * size, times=times)
+        for size, n, times in [(4096, 9, 1.3), (16384, 9, 1.11), (65536, 1, 2.0), (65536, 9, 1.1)]
+    ]
+    assert promised(*sums) == [("1.11", missed), ("1.1", "met")]
     lookups = [record("lookup", keys=2048, ratio=ratio) for ratio in (1 / 1.6, 1 / 1.5)]
     assert promised(*lookups) == [("1.6", missed), ("1.5", "met")]
     managers = [record("manager", policy="lru", chunks=1, ratio=ratio) for ratio in (1.99, 2.0)]

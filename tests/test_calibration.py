@@ -17,7 +17,7 @@ from logs import logged, warned
 from terminal import columns
 from typer.testing import CliRunner
 
-from triton_offload import KVOffloader
+from triton_offload import KVOffloader, cache_files
 from triton_offload.calibration import (
     CUDA_PATHS,
     HOST_PATHS,
@@ -40,7 +40,7 @@ from triton_offload.transfer.layout import CacheLayout
 from triton_offload.transfer.paths.table import CROSSINGS
 from triton_offload.transfer.pipeline import Pipeline, PipelineOptions
 from triton_offload.transfer.queue_manager import transfer_queue
-from triton_offload.tuning import calibrate, calibration_file, fitting
+from triton_offload.tuning import calibrate, fitting
 from triton_offload.tuning import rig as rig_module
 from triton_offload.tuning.calibration_file import Machine, cache_file, dump, load, parse, save
 from triton_offload.tuning.fitting import (
@@ -292,9 +292,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("injected")
 
-    for broken in ("replace", "fdopen"):
+    for broken in ("replace", "close"):
         with monkeypatch.context() as patch:
-            patch.setattr(calibration_file.os, broken, fail)
+            patch.setattr(cache_files.os, broken, fail)
             with pytest.raises(OSError, match="injected"):
                 save(file, MACHINE, default_calibration("cpu"))
         assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]

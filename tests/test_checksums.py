@@ -23,7 +23,7 @@ from triton_offload import (
     TransferFailedError,
 )
 from triton_offload.calibration import Path, PathTable
-from triton_offload.device import host_pages, host_sums
+from triton_offload.device import host_pages, host_torch, native
 from triton_offload.kernels.sums import multipliers, slot_sums, sum_pages
 from triton_offload.kernels.table import ROW_BYTES, PageTable
 from triton_offload.metrics import OffloaderCollector
@@ -109,7 +109,7 @@ def test_what_passes_in_parts_adds_up_to_the_whole():
 
     def passed(part: PageTable) -> torch.Tensor:
         sums = torch.zeros(4, dtype=torch.int64)
-        host_sums.move(part, blocks, slots, blocks, 0, lambda: None, sums=sums, gathers=True)
+        host_pages.gather(part, blocks, slots, blocks, 0, sums=sums)
         return sums
 
     whole = passed(table)
@@ -118,11 +118,18 @@ def test_what_passes_in_parts_adds_up_to_the_whole():
     assert whole.tolist() == [int(slot_sums(table, slot)[0]) for slot in slots.numpy()]
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(params=["C", "C, by threads", "numpy", "torch"])
 def by(request, monkeypatch):
+    if request.param == "C, by threads":
+        monkeypatch.setattr(host_pages, "_CALL_BYTES", 10_000)
+        monkeypatch.setattr(host_pages, "_THREAD_BYTES", 1)
+        monkeypatch.setattr(host_pages, "_TAKE_BYTES", ROW_BYTES)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    elif request.param != "C":
+        monkeypatch.setattr(native, "load", lambda: native.Native(None, "switched off"))
     if request.param == "torch":
-        monkeypatch.setattr(host_pages, "_SMALL_BYTES", 0)
-        monkeypatch.setattr(host_sums, "_SLICE_BYTES", 4096)
+        monkeypatch.setattr(host_torch, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(host_torch, "_SUMMED_BYTES", 4096)
 
 
 @pytest.mark.parametrize("pages", [(1024,), (16, 8), (2048, 1536), (3, 1031), (4104, 12)])
@@ -143,14 +150,14 @@ def test_what_passes_is_added_up(pages, in_order, by):
         plain = slots.clone()
         host_pages.gather(table, ids[0], plain, ids[2], first)
         sums = torch.full((count,), 3)
-        host_sums.move(table, *ids, lambda: None, sums=sums, gathers=True)
+        host_pages.gather(table, *ids, sums=sums)
         assert sums.tolist() == expected.tolist()  # added, not put there
         assert torch.equal(slots, plain)
         before = [cache.clone() for cache in caches]
         for cache in caches:
             cache.fill_(POISON)
         sums.fill_(3)
-        host_sums.move(table, *ids, lambda: None, sums=sums, gathers=False)
+        host_pages.scatter(table, *ids, sums=sums)
         assert sums.tolist() == expected.tolist()
         for cache, was in zip(caches, before, strict=True):
             wanted = torch.full_like(cache, POISON)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from page_cases import CASES, SMALL, Case, Move, Tensor, check, noise
 
-from triton_offload.device import host_pages
+from triton_offload.device import host_pages, native
 from triton_offload.kernels import pages, reference
 from triton_offload.kernels.fragments import Fragment, fragment_table
 from triton_offload.kernels.table import PageTable
@@ -52,10 +53,24 @@ def move_on_host(
         getattr(host_pages, direction)(table, ids, slots, places, first_block)
 
 
-@pytest.fixture(scope="class", params=["kernels"] if INTERPRETED else ["reference", "host"])
+def move_by_torch(*args: Any, config: KernelConfig | None = SMALL) -> None:
+    """On the host where its C code could not be compiled."""
+    switched_off = native.Native(None, "switched off")
+    with mock.patch.object(native, "load", return_value=switched_off):
+        move_on_host(*args)
+
+
+WAYS = {
+    "kernels": move_by_kernels,
+    "reference": move_by_reference,
+    "host": move_on_host,
+    "torch": move_by_torch,
+}
+
+
+@pytest.fixture(scope="class", params=["kernels"] if INTERPRETED else [*WAYS][1:])
 def move(request: pytest.FixtureRequest) -> Move:
-    ways = {"kernels": move_by_kernels, "reference": move_by_reference, "host": move_on_host}
-    return ways[request.param]
+    return WAYS[request.param]
 
 
 class TestBytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from triton_offload import __version__
+from triton_offload.device import native
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,12 +29,14 @@ from setuptools import build_meta
 print(getattr(build_meta, f"build_{sys.argv[1]}")(sys.argv[2]))
 """
 _STORE_AND_LOAD = """
-import sys
+import os, sys
 target = sys.argv[1]
+os.environ["XDG_CACHE_HOME"] = os.path.join(target, "cache")  # so that it compiles
 sys.path.insert(0, target)
 import torch
 import triton_offload
 import triton_offload.kernels.pages as pages
+from triton_offload.device import native
 assert triton_offload.__file__.startswith(target), triton_offload.__file__
 assert pages.__file__.startswith(target), pages.__file__
 tensors = [torch.randint(0, 256, (8, 64), dtype=torch.uint8) for _ in range(2)]
@@ -42,6 +45,7 @@ with triton_offload.KVOffloader(tensors, "4KiB", blocks_per_chunk=2) as offloade
     offloader.store([b"a", b"b"], [0, 3, 5]).wait()
     for tensor in tensors:
         tensor.fill_(0xA5)
+    assert native.SOURCE.is_relative_to(target) and native.load().failure == sys.argv[2]
     assert offloader.lookup([b"a", b"b"]) == 2
     offloader.load([b"a", b"b"], [7, 1, 2]).wait()
 for now, then in zip(tensors, before, strict=True):
@@ -112,7 +116,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(built):
         for name, data in source.items()
         if name.startswith(("triton_offload/", "kernels/"))
     }
-    assert {"triton_offload/kernels/pages.py", "triton_offload/py.typed"} <= set(expected)
+    needed = {"kernels/pages.py", "device/host_pages.c", "py.typed"}
+    assert {f"triton_offload/{name}" for name in needed} <= set(expected)
     found = files_of(wheel)
     assert {n: data for n, data in found.items() if ".dist-info/" not in n} == expected
     notes = {name.partition("/")[2] for name in found if ".dist-info/" in name}
@@ -153,7 +158,7 @@ def test_the_wheel_installs_and_moves_bytes(built, tmp_path):
     options = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target]
     python("-m", "pip", "--disable-pip-version-check", "install", *options, wheel, cwd=tmp_path)
     assert (target / "bin" / "triton-offload").is_file()
-    python("-c", _STORE_AND_LOAD, target, cwd=tmp_path)
+    python("-c", _STORE_AND_LOAD, target, native.load().failure, cwd=tmp_path)
 
 
 def test_metadata_say_what_the_project_does(built):

@@ -10,6 +10,7 @@ for no more than `_INLINE_BYTES` of its own until an event is asked for (orderin
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import time
 import traceback
@@ -22,7 +23,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from triton_offload.calibration import HOST_PATHS
-from triton_offload.device import host_pages, host_sums
+from triton_offload.device import host_pages, native
 from triton_offload.device.base import WHERE
 from triton_offload.device.realtime import RealTime
 from triton_offload.device.threads import OwnThread, on_own_thread
@@ -31,9 +32,11 @@ from triton_offload.kernels.table import PageTable
 from triton_offload.process_lock import fork_number
 from triton_offload.specs import Ids
 
+_log = logging.getLogger(__name__)
+
 # Handing over to a thread and being woken by it takes 0.1 ms on two cores of an EPYC, to move this
-# many bytes 0.2 ms.
-_INLINE_BYTES = 2 << 20
+# many bytes 0.2 ms. And the sums of a thousand blocks, cleared before and fetched behind.
+_INLINE_BYTES = (2 << 20) + (16 << 10)
 
 
 class Record:
@@ -187,7 +190,7 @@ class _HostEvent:
 
 class HostDevice(RealTime):
     """See `base.Device`. Compute on the CPU is done when it returns, so there is no current
-    stream; kernels are the torch copies of `host_pages`, and all memory is mapped."""
+    stream; kernels are the copies of `host_pages`, and all memory is mapped."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -198,7 +201,7 @@ class HostDevice(RealTime):
         self.default_paths = HOST_PATHS
         self.needs_interpreter = True  # its streams are Python threads
         self.numa_node: int | None = None
-        self.limits: tuple[str, ...] = ()
+        self.limits = _limits()
         self._condition = threading.Condition()
         self._inline_left = _INLINE_BYTES  # may run on submitters' threads until an event is asked
 
@@ -282,10 +285,10 @@ class HostDevice(RealTime):
     # -- work --
 
     def fill_zero(self, buffer: torch.Tensor, stream: HostStream) -> None:
-        self._submit(stream, partial(_in_mode, buffer.zero_), buffer.numel())
+        self._submit(stream, partial(_write, buffer, torch.Tensor.zero_), buffer.numel())
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: HostStream) -> None:
-        self._submit(stream, partial(_in_mode, dst.copy_, src), src.numel())
+        self._submit(stream, partial(_write, dst, torch.Tensor.copy_, src), src.numel())
 
     def copy_batch(self, dst: Ids, src: Ids, sizes: Ids, stream: HostStream) -> None:
         work = partial(_copy_ranges, dst, src, sizes, stream.tasks.check)
@@ -306,10 +309,7 @@ class HostDevice(RealTime):
         zero_copy: bool,
         sums: torch.Tensor | None = None,
     ) -> None:
-        move: _Move = host_pages.gather
-        if sums is not None:
-            move = partial(host_sums.move, sums=sums, gathers=True)
-        self._move(move, stream, table, block_ids, slots, slot_ids, first_block)
+        self._move(host_pages.gather, stream, table, block_ids, slots, slot_ids, first_block, sums)
 
     def scatter(
         self,
@@ -323,10 +323,7 @@ class HostDevice(RealTime):
         zero_copy: bool,
         sums: torch.Tensor | None = None,
     ) -> None:
-        move: _Move = host_pages.scatter
-        if sums is not None:
-            move = partial(host_sums.move, sums=sums, gathers=False)
-        self._move(move, stream, table, block_ids, slots, slot_ids, first_block)
+        self._move(host_pages.scatter, stream, table, block_ids, slots, slot_ids, first_block, sums)
 
     def _move(
         self,
@@ -337,9 +334,10 @@ class HostDevice(RealTime):
         slots: torch.Tensor,
         slot_ids: torch.Tensor,
         first_block: int,
+        sums: torch.Tensor | None,
     ) -> None:
         check = stream.tasks.check
-        work = partial(move, table, block_ids, slots, slot_ids, first_block, check)
+        work = partial(move, table, block_ids, slots, slot_ids, first_block, check, sums)
         self._submit(stream, work, block_ids.shape[0] * table.bytes_per_block)
 
     def _submit(self, stream: HostStream, work: _Work, num_bytes: int) -> None:
@@ -348,11 +346,27 @@ class HostDevice(RealTime):
             self._inline_left -= num_bytes
 
 
-def _in_mode(work: Callable[..., object], *arguments: object) -> None:
-    """Caches of an engine may be inference tensors, which nobody may write outside of the mode; in
-    it, others may be written too."""
-    with torch.inference_mode():
-        work(*arguments)
+def _limits() -> tuple[str, ...]:
+    """What is not there of `host_pages.c`, which is compiled here if it never was."""
+    failure = native.load().failure
+    if not failure:
+        return ()
+    what = f"copies of pages could not be compiled ({failure}): numpy and torch make them"
+    _log.warning(
+        "%s, which takes longer for a few pages, and twice as long or more with checksums; install "
+        "a C compiler (cc, gcc, clang or $CC), and `triton-offload doctor` shows whether it works",
+        what,
+    )
+    return (what,)
+
+
+def _write(target: torch.Tensor, work: Callable[..., object], *arguments: object) -> None:
+    """Caches of an engine may be inference tensors, which nobody may write outside of the mode."""
+    if target.is_inference():
+        with torch.inference_mode():
+            work(target, *arguments)
+    else:
+        work(target, *arguments)
 
 
 def _copy_ranges(dst: Ids, src: Ids, sizes: Ids, check: Callable[[], None]) -> None:

@@ -1,51 +1,30 @@
-"""Gather and scatter of pages in CPU memory, in one pass where the ids allow it.
+"""Gather and scatter of pages in CPU memory: one pass of host_pages.c, which adds up what passes.
 
-Each tensor's pages are moved by one call, on views that are made once for a table and the memory of
-its slots: to make one takes as long as to copy a page.
-
-Of few bytes numpy's calls are faster. Of many, torch's threads are. It has one fast indexed copy a
-direction: `index_select` with a strided output (rows at random to rows in order) and `index_copy_`
-from a strided source (the other way). Where the slots, or the blocks, are consecutive, one of them
-moves every page straight to its place. Where neither is, a slice of rows that stays in the cache
-goes through a temporary.
+Where that could not be compiled, numpy and torch do the same (`host_torch`).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from math import gcd
-from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from triton_offload.kernels.table import PageRow, PageTable
+from triton_offload.device import host_torch, native
+from triton_offload.kernels.table import ROW_BYTES, PageRow, PageTable
 
-# Rows at a time through a temporary, which then stays in the cache. Smaller ones are slower, for
-# each call wakes torch's threads: of a plain copy's speed, on two cores of an EPYC, 0.3 was reached
-# with 512 KiB (4 KiB pages), 0.5 with 1 MiB, 0.55 with 4 MiB. A memmove a page is slower still, at
-# any size of page. Calls that need no temporary are not cut.
-_SLICE_BYTES = 4 << 20
+# What one call of C moves, some 15 ms of one thread: between two, work that is to be dropped ends.
+_CALL_BYTES = 64 << 20
 
-# Up to so many bytes per tensor, numpy's calls are faster than torch's (two cores of a Xeon).
-_SMALL_BYTES = 64 << 10
+# What is worth a thread more. To start and to join it takes 0.03 to 0.05 ms, as long as to copy a
+# quarter of this (two cores of a Xeon at 2.5 GHz).
+_THREAD_BYTES = 1 << 20
 
-# Of these, pages from this size on are moved one by one: an indexed copy goes through a temporary.
-_ONE_PAGE_BYTES = 4 << 10
+# What a thread takes at once: some 0.05 ms, so that all end together. Longer pages are cut.
+_TAKE_BYTES = 256 << 10
 
-# A table meets the pool's slots and those of a few staging buffers.
-_MAX_PLACES = 16
-
-_WORDS = (
-    (16, np.complex128),
-    (8, np.int64),
-    (4, np.int32),
-    (2, np.int16),
-    (1, np.int8),
-)
+_Check = Callable[[], object]
 
 
 def gather(
@@ -54,24 +33,15 @@ def gather(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-    check: Callable[[], object] = lambda: None,
+    check: _Check = lambda: None,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Pages to slots: `kernels.reference.gather_pages` on checked int64 ids, tuned.
 
-    `check` is called between two tensors of many bytes; what it raises ends the work there.
+    `check` is called between parts of many bytes; what it raises ends the work there. What the
+    pages of block i add up to (see `kernels.sums`) is added to `sums[i]`, int64 `[blocks]`.
     """
-    if are_few(table, block_ids):
-        for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
-            for tensor in tensors:
-                for block, place in pairs:
-                    tensor.places[place] = tensor.pages[block]
-        return
-    for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
-        here, there = row_numbers(blocks), row_numbers(places)
-        with torch.inference_mode():  # caches of an engine may be tensors of it
-            for tensor in tensors:
-                check()
-                move_rows(tensor.page_words, here, tensor.place_words, there)
+    _move(True, table, block_ids, slots, slot_ids, first_block, check, sums)
 
 
 def scatter(
@@ -80,186 +50,112 @@ def scatter(
     slots: torch.Tensor,
     slot_ids: torch.Tensor,
     first_block: int,
-    check: Callable[[], object] = lambda: None,
+    check: _Check = lambda: None,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Slots to pages: `kernels.reference.scatter_pages`, likewise."""
-    if are_few(table, block_ids):
-        for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
-            for tensor in tensors:
-                for block, place in pairs:
-                    tensor.pages[block] = tensor.places[place]
-        return
-    for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
-        here, there = row_numbers(blocks), row_numbers(places)
-        with torch.inference_mode():
-            for tensor in tensors:
-                check()
-                move_rows(tensor.place_words, there, tensor.page_words, here)
+    _move(False, table, block_ids, slots, slot_ids, first_block, check, sums)
 
 
-# -- views --
+class _Tensor(ctypes.Structure):
+    """`struct tensor` of host_pages.c."""
 
-Numbers: TypeAlias = npt.NDArray[np.int64] | slice
-_Index: TypeAlias = Numbers | int
-_Views: TypeAlias = npt.NDArray[Any]
-
-
-class Tensor(NamedTuple):
-    """A tensor's pages and their places in some slots: as arrays of one row of bytes a page, as
-    arrays of one element a page, and as tensors of one row of words a page."""
-
-    number: int  # in the table
-    page_rows: _Views
-    place_rows: _Views
-    pages: _Views
-    places: _Views
-    page_words: torch.Tensor
-    place_words: torch.Tensor
-
-
-class _Plan:
-    """The views of a table: its pages, and their places in each memory of slots that it has met,
-    which they do not own. Those of tensors whose places have the same numbers are together, by how
-    many places lie between two slots and between two positions (see `_places_of`)."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[tuple[int, int, int], dict[tuple[int, int], list[Tensor]]] = {}
-
-    def tensors(self, table: PageTable, slots: torch.Tensor) -> dict[tuple[int, int], list[Tensor]]:
-        memory = slots.data_ptr(), slots.shape[0], slots.stride(0)
-        found = self._tensors.get(memory)
-        if found is None:
-            found = {}
-            for number, page in enumerate(table.pages):
-                steps, places = _places_of(page, *memory, table.blocks_per_chunk)
-                found.setdefault(steps, []).append(_tensor(number, page.view.numpy(), places))
-            if len(self._tensors) >= _MAX_PLACES:
-                self._tensors.clear()
-            self._tensors[memory] = found
-        return found
-
-
-_plans: WeakKeyDictionary[PageTable, _Plan] = WeakKeyDictionary()
-
-
-def _plan_of(table: PageTable) -> _Plan:
-    plan = _plans.get(table)
-    if plan is None:
-        plan = _plans[table] = _Plan()
-    return plan
-
-
-def are_few(table: PageTable, block_ids: torch.Tensor) -> bool:
-    return block_ids.shape[0] * table.bytes_per_block <= _SMALL_BYTES * len(table.pages)
-
-
-def _pairs(
-    table: PageTable,
-    block_ids: torch.Tensor,
-    slots: torch.Tensor,
-    slot_ids: torch.Tensor,
-    first_block: int,
-) -> Iterator[tuple[list[Tensor], list[tuple[_Index, _Index]]]]:
-    """Tensors with what numpy is to move at once: indices of pages and of their places."""
-    if table.bytes_per_block < _ONE_PAGE_BYTES * len(table.pages):
-        for tensors, blocks, places in operands(table, block_ids, slots, slot_ids, first_block):
-            yield tensors, [(blocks, places)]
-        return
-    pages, slot, span = block_ids.tolist(), slot_ids.tolist(), table.blocks_per_chunk
-    chunks = [divmod(number, span) for number in range(first_block, first_block + len(pages))]
-    for (to_slot, to_position), tensors in _plan_of(table).tensors(table, slots).items():
-        there = [slot[chunk] * to_slot + position * to_position for chunk, position in chunks]
-        yield tensors, list(zip(pages, there, strict=True))
-
-
-def operands(
-    table: PageTable,
-    block_ids: torch.Tensor,
-    slots: torch.Tensor,
-    slot_ids: torch.Tensor,
-    first_block: int,
-) -> Iterator[tuple[list[Tensor], Numbers, Numbers]]:
-    """Tensors with the numbers of the pages and of the places that are to be moved.
-
-    Of chunks of 32 pages of 4 KiB one call for each position reached 0.2 of a plain copy's speed,
-    one for each chunk 0.3 to 0.5, one for all 0.5 to 0.65 (two cores of an EPYC).
-    """
-    ids = block_ids.numpy()
-    slot: Any = slot_ids.numpy()
-    position: Any = 0
-    if table.blocks_per_chunk == 1:
-        slot = slot[first_block : first_block + len(ids)]
-    else:
-        number = np.arange(first_block, first_block + len(ids))
-        chunk, position = np.divmod(number, table.blocks_per_chunk)
-        slot = slot[chunk]
-    blocks = _numbers(ids)
-    for (to_slot, to_position), tensors in _plan_of(table).tensors(table, slots).items():
-        yield tensors, blocks, _numbers(slot * to_slot + position * to_position)
-
-
-def _places_of(
-    page: PageRow, address: int, num_slots: int, to_slot: int, span: int
-) -> tuple[tuple[int, int], _Views]:
-    """The places of one tensor in the slots, uint8 [places, page_bytes], and how many of them lie
-    between two slots and between two positions.
-
-    There is one at every place and, where a slot is no multiple of a pitch, between places too:
-    such overlap, and are never named.
-    """
-    to_position = page.pitch if span > 1 else 0
-    step = gcd(to_slot, to_position)
-    num_rows = ((num_slots - 1) * to_slot + (span - 1) * to_position) // step + 1
-    num_bytes = (num_rows - 1) * step + page.page_bytes
-    memory: Any = (ctypes.c_char * num_bytes).from_address(address + page.offset)
-    rows: _Views = np.ndarray((num_rows, page.page_bytes), np.uint8, memory, 0, (step, 1))
-    return (to_slot // step, to_position // step), rows
-
-
-def _tensor(number: int, pages: _Views, places: _Views) -> Tensor:
-    # Of a single row any stride will do, but not to torch.
-    both = [rows if len(rows) > 1 else rows[0][None] for rows in (pages, places)]
-    bits = pages.shape[1]
-    for rows in both:
-        bits |= rows.ctypes.data | rows.strides[0]
-    word = next(word for size, word in _WORDS if bits % size == 0)
-    whole = f"V{pages.shape[1]}"
-    return Tensor(
-        number,
-        both[0],
-        both[1],
-        pages.view(whole)[:, 0],
-        places.view(whole)[:, 0],
-        *(torch.from_numpy(rows.view(word)) for rows in both),
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("block_stride", ctypes.c_int64),
+        ("page_bytes", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("pitch", ctypes.c_int64),
+        ("first_row", ctypes.c_int64),
     )
 
 
-def _numbers(ids: npt.NDArray[np.int64]) -> Numbers:
-    """Consecutive numbers as a slice, others as they are."""
-    first, count = int(ids[0]), len(ids)
-    if count == 1 or (ids[-1] - first == count - 1 and (ids[1:] - ids[:-1] == 1).all()):
-        return slice(first, first + count)
-    return ids
+class _Parts(ctypes.Structure):
+    """`struct move` of host_pages.c."""
+
+    _fields_ = (
+        ("tensors", ctypes.c_void_p),
+        ("num_tensors", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("slot_stride", ctypes.c_int64),
+        ("num_slots", ctypes.c_int64),
+        ("slot_ids", ctypes.c_void_p),
+        ("num_slot_ids", ctypes.c_int64),
+        ("blocks_per_chunk", ctypes.c_int64),
+        ("first_block", ctypes.c_int64),
+        ("block_ids", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("sums", ctypes.c_void_p),
+        ("gathers", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+    )
 
 
-# -- many bytes --
-
-_Rows: TypeAlias = torch.Tensor | slice
-
-
-def row_numbers(numbers: Numbers) -> _Rows:
-    return numbers if isinstance(numbers, slice) else torch.from_numpy(numbers)
+# Of each table its tensors, as C has them: made once, for that takes as long as to copy a page.
+_tensors: WeakKeyDictionary[PageTable, ctypes.Array[_Tensor]] = WeakKeyDictionary()
 
 
-def move_rows(src: torch.Tensor, src_rows: _Rows, dst: torch.Tensor, dst_rows: _Rows) -> None:
-    if isinstance(src_rows, slice):
-        if isinstance(dst_rows, slice):
-            dst[dst_rows].copy_(src[src_rows])
-        else:
-            dst.index_copy_(0, dst_rows, src[src_rows])
-    elif isinstance(dst_rows, slice):
-        torch.index_select(src, 0, src_rows, out=dst[dst_rows])
-    else:
-        step = max(1, _SLICE_BYTES // (src.shape[1] * src.element_size()))
-        for ids, to in zip(torch.split(src_rows, step), torch.split(dst_rows, step), strict=True):
-            dst.index_copy_(0, to, src.index_select(0, ids))
+def _tensors_of(table: PageTable) -> ctypes.Array[_Tensor]:
+    tensors = _tensors.get(table)
+    if tensors is None:
+        made = [piece for page in table.pages for piece in _cut(page)]
+        tensors = _tensors[table] = (_Tensor * len(made))(*made)
+    return tensors
+
+
+def _cut(page: PageRow) -> Iterator[_Tensor]:
+    """Pieces of the pages of a tensor, each as if it were one."""
+    for begin in range(0, page.page_bytes, _TAKE_BYTES):
+        yield _Tensor(
+            page.view.data_ptr() + begin,
+            page.block_stride,
+            min(_TAKE_BYTES, page.page_bytes - begin),
+            page.offset + begin,
+            page.pitch,
+            page.first_row + begin // ROW_BYTES,
+        )
+
+
+def _move(
+    gathers: bool,
+    table: PageTable,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    first_block: int,
+    check: _Check,
+    sums: torch.Tensor | None,
+) -> None:
+    move_pages = native.load().move_pages
+    if move_pages is None:
+        host_torch.move(gathers, table, block_ids, slots, slot_ids, first_block, check, sums)
+        return
+    tensors = _tensors_of(table)
+    total, span = block_ids.shape[0], table.bytes_per_block
+    count = max(1, _CALL_BYTES // span)
+    threads = min(torch.get_num_threads(), 1 + total * span // _THREAD_BYTES)
+    step = max(1, _TAKE_BYTES * len(tensors) // span)
+    for first in range(0, total, count):
+        check()
+        parts = _Parts(
+            ctypes.addressof(tensors),
+            len(tensors),
+            table.num_blocks,
+            slots.data_ptr(),
+            slots.stride(0),
+            slots.shape[0],
+            slot_ids.data_ptr(),
+            slot_ids.shape[0],
+            table.blocks_per_chunk,
+            first_block + first,
+            block_ids.data_ptr() + 8 * first,
+            min(count, total - first),
+            None if sums is None else sums.data_ptr() + 8 * first,
+            gathers,
+            threads,
+            step,
+        )
+        if move_pages(ctypes.addressof(parts)):
+            raise IndexError("ids of blocks or slots are out of range")

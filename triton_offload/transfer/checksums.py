@@ -78,9 +78,7 @@ class Checksums:
             of_group.setdefault(run.group.index, []).append((slots * span + positions, found))
         wrong: dict[int, None] = {}
         for group, parts in of_group.items():
-            blocks, which = np.unique(np.concatenate([b for b, _ in parts]), return_inverse=True)
-            total = np.zeros(len(blocks), dtype=np.int64)
-            np.add.at(total, which, np.concatenate([found for _, found in parts]))
+            blocks, total = parts[0] if len(parts) == 1 else _added_up(parts)
             known = self._group.ravel()[blocks] == group
             differs = known & (self._sums.ravel()[blocks] != total)
             wrong.update(dict.fromkeys((blocks[differs] // span).tolist()))
@@ -90,6 +88,14 @@ class Checksums:
         """The sums that are known of a group's blocks there, by their position."""
         (known,) = np.nonzero(self._group[slot_id] == group)
         return dict(zip(known.tolist(), self._sums[slot_id, known].tolist(), strict=True))
+
+
+def _added_up(parts: list[tuple[Ids, Sums]]) -> tuple[Ids, Sums]:
+    """The blocks of some parts, each once, and what all of them have of it."""
+    blocks, which = np.unique(np.concatenate([b for b, _ in parts]), return_inverse=True)
+    total = np.zeros(len(blocks), dtype=np.int64)
+    np.add.at(total, which, np.concatenate([found for _, found in parts]))
+    return blocks, total
 
 
 def _places(run: GroupRun) -> tuple[Ids, Ids]:

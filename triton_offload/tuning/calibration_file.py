@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
-import tempfile
 
+from triton_offload.cache_files import cache_folder, whole
 from triton_offload.calibration import (
     Calibration,
     Launches,
@@ -36,10 +35,9 @@ class Machine:
 
 
 def cache_file(machine: Machine) -> pathlib.Path:
-    """Where the machine's calibration is kept: under $XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """Where the machine's calibration is kept."""
     key = hashlib.sha256(json.dumps(dataclasses.astuple(machine)).encode()).hexdigest()
-    return pathlib.Path(root) / "triton-offload" / f"calibration-{key[:16]}.json"
+    return cache_folder() / f"calibration-{key[:16]}.json"
 
 
 def dump(machine: Machine, calibration: Calibration) -> str:
@@ -116,12 +114,5 @@ def read(file: pathlib.Path, machine: Machine) -> Calibration | None:
 
 def save(file: pathlib.Path, machine: Machine, calibration: Calibration) -> None:
     """Write in one step: whoever reads meanwhile sees the old file or the new. Raises OSError."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(dump(machine, calibration))
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with whole(file) as new:
+        new.write_text(dump(machine, calibration), encoding="utf-8")
