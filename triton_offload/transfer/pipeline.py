@@ -170,6 +170,7 @@ class Pipeline:
     def take_finished(self, direction: Direction) -> list[Job]:
         """Jobs that finished since the last call, each lane's in order."""
         with self._lock:
+            self._go_ahead()  # who polls computes no layer just now
             self._pump()
             taken, self._finished[direction] = self._finished[direction], []
             return taken
@@ -388,8 +389,12 @@ class Pipeline:
             # A thread that died would leave the backlog lying; whoever calls next meets the error.
             with suppress(Exception):
                 self._pump()
-            ahead = [lane.go_ahead() for lane in self._lanes.values()]
-            return _AHEAD_SECONDS if any(ahead) else _FEEDER_SECONDS
+            return _AHEAD_SECONDS if self._go_ahead() else _FEEDER_SECONDS
+
+    def _go_ahead(self) -> bool:
+        """Let a run more of loads by layers be queued than was asked for; whether there are any."""
+        ahead = [lane.go_ahead() for lane in self._lanes.values()]
+        return any(ahead)
 
 
 def _pinned(pool: HostPool | None) -> bool:
