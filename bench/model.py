@@ -74,7 +74,7 @@ class Host:
     """
 
     job_seconds: float = 30e-6
-    segment_seconds: float = 112e-6
+    segment_seconds: float = 67e-6
 
 
 NO_HOST = Host(0.0, 0.0)

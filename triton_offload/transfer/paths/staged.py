@@ -13,8 +13,8 @@ from triton_offload.transfer.segment import Gate, Queued, Segment
 # load is scattered. 4 MiB take 12 us (16 CTAs at 450 GB/s, predicted); their copy takes 76 us of a
 # link of 55 GB/s, in which the next 16 MiB are queued (40 us, assumed) and gathered (38 us). A
 # segment more costs its caller those 40 us: not for less than 8 MiB, 19 us of a gather, beside it.
-# Where it costs more (112 us measured on two cores of a Xeon at 2.5 GHz) equal segments would be
-# better for jobs of 16 and 64 MiB, as docs/performance.md predicts.
+# Where it costs more (67 us measured on two cores of a Xeon at 2.5 GHz) jobs of 16 and 64 MiB take
+# as long with equal segments, as docs/performance.md predicts.
 SHORT_BYTES = 4 << 20
 
 
