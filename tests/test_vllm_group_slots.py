@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,15 +27,13 @@ with warnings.catch_warnings():
     from vllm.v1.kv_offload.cpu import spec as cpu_spec
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
     from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
-    from vllm_layouts import BLOCKS, FAMILIES, LOST, LaidOut
+    from vllm_layouts import BLOCKS, BLOCKS_EACH, FAMILIES, LOST, POISON, STALE, LaidOut, finish
     from vllm_parts import blocks_of, pretend_cuda
 
     from triton_offload.vllm import spec as plugin_spec
     from triton_offload.vllm.group_bytes import bytes_of, own_caches, ranges_of_groups
     from triton_offload.vllm.group_slots import GroupSlotManager
 
-_POISON, _STALE = 0x7E, 0x77  # no byte of the pages is one of these
-_BLOCKS_EACH = 4
 # Bytes that groups have of a block, where that is less than all of it.
 OWN = {
     "sliding windows": [16384] * 5 + [8192, 16384],
@@ -68,20 +65,9 @@ def _connected(laid_out: LaidOut, **options: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _finish(worker: Any, job_id: int) -> Any:
-    worker.wait({job_id})
-    deadline = time.monotonic() + 30
-    while not (finished := worker.get_finished()):
-        assert time.monotonic() < deadline, "the job was not reported"
-    (result,) = finished
+    result = finish(worker, job_id)
     assert not worker.take_failed()
     return result
-
-
-def _drawn(laid_out: LaidOut, seed: int) -> list[list[int]]:
-    """For each group blocks of its own, for a block belongs to one group at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(BLOCKS, generator=generator).tolist()
-    return [drawn[i * _BLOCKS_EACH :][:_BLOCKS_EACH] for i in range(len(laid_out.groups))]
 
 
 def _keys(laid_out: LaidOut, chunks: list[int], prefix: str = "") -> list[Any]:
@@ -96,7 +82,7 @@ def _keys(laid_out: LaidOut, chunks: list[int], prefix: str = "") -> list[Any]:
 def _leave_stale_bytes(laid_out: LaidOut, manager: Any, worker: Any, span: int) -> None:
     """Fill the pool with chunks of every group, and forget them."""
     before = laid_out.memory.clone()
-    laid_out.memory.fill_(_STALE)
+    laid_out.memory.fill_(STALE)
     first = [0] * len(laid_out.groups)
     for number in range(200):
         keys = _keys(laid_out, [1] * len(first), f"stale{number}-")
@@ -108,7 +94,7 @@ def _leave_stale_bytes(laid_out: LaidOut, manager: Any, worker: Any, span: int) 
         _finish(worker, 1000 + number)
         manager.complete_store(keys, ReqContext("stale"))
     pool = worker.transfers.pool.slots
-    assert (pool == _STALE).float().mean() > 0.5
+    assert (pool == STALE).float().mean() > 0.5
     manager.reset_cache()
     laid_out.memory.copy_(before)
 
@@ -131,9 +117,9 @@ def _check_blocks(
                 # Beside the pages of its block: padding, less than a sixteenth of them.
                 block = slice(there * len(memory) // BLOCKS, (there + 1) * len(memory) // BLOCKS)
                 used = sum(len(new) for _, new in places)
-                assert int((memory[block] != _POISON).sum()) <= used * 17 // 16
+                assert int((memory[block] != POISON).sum()) <= used * 17 // 16
                 untouched[block] = False
-    assert (memory[untouched] == _POISON).all(), "another's bytes were written"
+    assert (memory[untouched] == POISON).all(), "another's bytes were written"
 
 
 @pytest.mark.parametrize("blocks_per_chunk", [1, 3])
@@ -151,13 +137,13 @@ def test_so_they_do_on_every_path_and_with_sums(options: dict[str, Any]) -> None
 
 def _store_and_load(laid_out: LaidOut, name: str, span: int, **options: Any) -> None:
     memory = laid_out.memory
-    memory.random_(1, _STALE, generator=torch.Generator().manual_seed(0))
+    memory.random_(1, STALE, generator=torch.Generator().manual_seed(0))
     before = memory.clone()
-    sources, targets = _drawn(laid_out, 1), _drawn(laid_out, 2)
+    sources, targets = laid_out.drawn(1), laid_out.drawn(2)
     # Groups begin at each place of a chunk, and their last chunk is not full.
     first = [i % span for i in range(len(sources))]
-    chunks = [-(-(start + _BLOCKS_EACH) // span) for start in first]
-    moved = _BLOCKS_EACH * sum(OWN[name])
+    chunks = [-(-(start + BLOCKS_EACH) // span) for start in first]
+    moved = BLOCKS_EACH * sum(OWN[name])
     keys, context = _keys(laid_out, chunks), ReqContext("request")
 
     with _connected(laid_out, **options) as (manager, worker):
@@ -177,7 +163,7 @@ def _store_and_load(laid_out: LaidOut, name: str, span: int, **options: Any) -> 
         assert int((changed & (pool != 0)).sum()) == moved
         stored = pool.clone()
 
-        memory.fill_(_POISON)
+        memory.fill_(POISON)
         spec = manager.prepare_load(keys, context)
         assert spec.block_ids.tolist() == output.store_spec.block_ids.tolist()
         assert worker.submit_load(2, spec, blocks_of(targets, first))
@@ -189,7 +175,7 @@ def _store_and_load(laid_out: LaidOut, name: str, span: int, **options: Any) -> 
 
 def test_a_flipped_byte_in_a_slot_of_any_size_fails_its_load() -> None:
     laid_out = LaidOut(FAMILIES["DeepSeek V4"], 1)
-    laid_out.memory.random_(1, _STALE, generator=torch.Generator().manual_seed(0))
+    laid_out.memory.random_(1, STALE, generator=torch.Generator().manual_seed(0))
     groups = len(laid_out.groups)
     keys, context = _keys(laid_out, [1] * groups), ReqContext("request")
     with _connected(laid_out, verify="load") as (manager, worker):
@@ -205,17 +191,9 @@ def test_a_flipped_byte_in_a_slot_of_any_size_fails_its_load() -> None:
             place[-1] ^= 1
             one = [[group] if i == group else [] for i in range(groups)]
             worker.submit_load(10 + group, CPULoadStoreSpec([slot]), blocks_of(one, [0] * groups))
-            worker.wait({10 + group})
-            assert [each.job_id for each in _ended(worker)] == [10 + group]
+            finish(worker, 10 + group)
             assert [failed.job_id for failed in worker.take_failed()] == [10 + group]
             place[-1] ^= 1
-
-
-def _ended(worker: Any) -> list[Any]:
-    deadline = time.monotonic() + 30
-    while not (finished := worker.get_finished()):
-        assert time.monotonic() < deadline, "the job was not reported"
-    return list(finished)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *LOST])
@@ -319,11 +297,11 @@ def test_each_layer_waits_for_the_bytes_it_reads(name: str) -> None:
     """Of whole blocks a layer waits for what its group has."""
     laid_out = LaidOut(FAMILIES[name], 1)
     memory = laid_out.memory
-    memory.random_(1, _STALE, generator=torch.Generator().manual_seed(0))
+    memory.random_(1, STALE, generator=torch.Generator().manual_seed(0))
     before = memory.clone()
-    blocks = _drawn(laid_out, 1)
+    blocks = laid_out.drawn(1)
     first = [0] * len(blocks)
-    keys, context = _keys(laid_out, [_BLOCKS_EACH] * len(blocks)), ReqContext("request")
+    keys, context = _keys(laid_out, [BLOCKS_EACH] * len(blocks)), ReqContext("request")
     step = SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.NONE)
     with small_sizes(), _connected(laid_out) as (manager, worker):
         output = manager.prepare_store(keys, context)
@@ -335,7 +313,7 @@ def test_each_layer_waits_for_the_bytes_it_reads(name: str) -> None:
             loads.wait_for(layer)
         loads.begin(step)
         assert loads.layers is not None
-        memory.fill_(_POISON)
+        memory.fill_(POISON)
         worker.submit_load(2, output.store_spec, blocks_of(blocks, first), expedited=True)
         assert loads.jobs == {2}
         for layer in layers:

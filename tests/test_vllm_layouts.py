@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +18,10 @@ with warnings.catch_warnings():
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.kv_offload.cpu import spec as cpu_spec
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
-    from vllm_layouts import BLOCKS, FAMILIES, LOST, LaidOut
+    from vllm_layouts import BLOCKS, BLOCKS_EACH, FAMILIES, LOST, POISON, STALE, LaidOut, finish
     from vllm_parts import blocks_of
 
     from triton_offload.vllm import spec as plugin_spec
-
-# No byte of the pages is one of these.
-_POISON, _STALE = 0x7E, 0x77
-_BLOCKS_EACH = 4
 
 
 @pytest.fixture(autouse=True)
@@ -44,36 +39,18 @@ def _connected(laid_out: LaidOut) -> Iterator[Any]:
         worker.shutdown()
 
 
-def _finish(worker: Any, job_id: int) -> Any:
-    worker.wait({job_id})
-    deadline = time.monotonic() + 30
-    while not (finished := worker.get_finished()):
-        assert time.monotonic() < deadline, "the job was not reported"
-    (result,) = finished
-    assert (result.job_id, result.success) == (job_id, True)
-    return result
-
-
-def _drawn(laid_out: LaidOut, seed: int) -> list[list[int]]:
-    """For each group blocks of its own, for a block belongs to one group at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(BLOCKS, generator=generator).tolist()
-    assert len(laid_out.groups) * _BLOCKS_EACH <= BLOCKS
-    return [drawn[i * _BLOCKS_EACH :][:_BLOCKS_EACH] for i in range(len(laid_out.groups))]
-
-
 def _leave_stale_bytes(
     worker: Any, laid_out: LaidOut, slots: list[int], blocks_per_chunk: int
 ) -> None:
     """Store chunks of the last group into the slots: the other groups' pages lie elsewhere."""
     before = laid_out.memory.clone()
-    laid_out.memory.fill_(_STALE)
+    laid_out.memory.fill_(STALE)
     num_groups = len(laid_out.groups)
     blocks = [i % BLOCKS for i in range(len(slots) * blocks_per_chunk)]
     stale = blocks_of([*[[]] * (num_groups - 1), blocks], [0] * num_groups)
     assert worker.submit_store(0, stale, CPULoadStoreSpec(slots))
-    _finish(worker, 0)
-    assert (worker.pool.slots[slots] == _STALE).any()
+    finish(worker, 0)
+    assert (worker.pool.slots[slots] == STALE).any()
     laid_out.memory.copy_(before)
 
 
@@ -86,19 +63,19 @@ def test_each_groups_own_bytes_come_back_and_nothing_else_changes(
     laid_out = LaidOut(family, blocks_per_chunk)
     memory = laid_out.memory
     generator = torch.Generator().manual_seed(0)
-    memory.random_(1, _STALE, generator=generator)
+    memory.random_(1, STALE, generator=generator)
     before = memory.clone()
-    sources, targets = _drawn(laid_out, 1), _drawn(laid_out, 2)
+    sources, targets = laid_out.drawn(1), laid_out.drawn(2)
     # Groups begin at each place of a chunk, and their last chunk is not full.
     first = [i % blocks_per_chunk for i in range(len(sources))]
-    num_chunks = sum(-(-(start + _BLOCKS_EACH) // blocks_per_chunk) for start in first)
+    num_chunks = sum(-(-(start + BLOCKS_EACH) // blocks_per_chunk) for start in first)
 
-    wanted = torch.full_like(memory, _POISON)
+    wanted = torch.full_like(memory, POISON)
     moved = 0
     for layers, source, target in zip(laid_out.groups, sources, targets, strict=True):
         if family.whole_blocks:
             wanted.view(BLOCKS, -1)[target] = before.view(BLOCKS, -1)[source]
-            moved += _BLOCKS_EACH * memory.numel() // BLOCKS
+            moved += BLOCKS_EACH * memory.numel() // BLOCKS
         for layer in layers:
             places = laid_out.places(layer)
             wanted[places[target]] = before[places[source]]
@@ -111,16 +88,16 @@ def test_each_groups_own_bytes_come_back_and_nothing_else_changes(
         assert len(slots) == num_chunks
         _leave_stale_bytes(worker, laid_out, slots, blocks_per_chunk)
         assert worker.submit_store(1, blocks_of(sources, first), CPULoadStoreSpec(slots))
-        assert _finish(worker, 1).transfer_size == moved
+        assert finish(worker, 1).transfer_size == moved
         assert torch.equal(memory, before), "a store changed pages"
         assert not (pool[others] != 0).any(), "a store changed other slots"
-        assert not (pool[slots] == _STALE).any(), "what a slot held before is still there"
+        assert not (pool[slots] == STALE).any(), "what a slot held before is still there"
         assert int((pool[slots] != 0).sum()) == moved, "more than the groups' own bytes"
         stored = pool.clone()
 
-        memory.fill_(_POISON)
+        memory.fill_(POISON)
         assert worker.submit_load(2, CPULoadStoreSpec(slots), blocks_of(targets, first))
-        assert _finish(worker, 2).transfer_size == moved
+        assert finish(worker, 2).transfer_size == moved
         assert torch.equal(memory, wanted)
         assert torch.equal(pool, stored), "a load changed the pool"
 

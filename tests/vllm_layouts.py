@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -34,6 +35,8 @@ _planning = importlib.import_module(f"vllm.v1.core.{_PLANNING}")
 
 BLOCKS = 32
 CHUNKS = 34  # at least: one chunk has one block or several
+BLOCKS_EACH = 4  # of each group, in a test
+POISON, STALE = 0x7E, 0x77  # no byte of the pages is one of these
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,24 @@ class LaidOut:
         everywhere = torch.arange(self.memory.numel())
         seen = everywhere.as_strided(cache.shape, cache.stride(), cache.storage_offset())
         return specs.group_kernel_blocks(seen, BLOCKS).reshape(BLOCKS, -1)
+
+    def drawn(self, seed: int) -> list[list[int]]:
+        """For each group blocks of its own, for a block belongs to one group at a time."""
+        generator = torch.Generator().manual_seed(seed)
+        blocks = torch.randperm(BLOCKS, generator=generator).tolist()
+        assert len(self.groups) * BLOCKS_EACH <= BLOCKS
+        return [blocks[i * BLOCKS_EACH :][:BLOCKS_EACH] for i in range(len(self.groups))]
+
+
+def finish(worker: Any, job_id: int) -> Any:
+    """vLLM's TransferResult of a job, the only one under way."""
+    worker.wait({job_id})
+    deadline = time.monotonic() + 30
+    while not (finished := worker.get_finished()):
+        assert time.monotonic() < deadline, "the job was not reported"
+    (result,) = finished
+    assert (result.job_id, result.success) == (job_id, True)
+    return result
 
 
 def plan(family: Family) -> Any:

@@ -64,49 +64,36 @@ def move(
     sums: torch.Tensor | None,
 ) -> None:
     """`host_pages.gather` or, without `gathers`, `host_pages.scatter`."""
+    ids = block_ids, slots, slot_ids, first_block
     if _are_few(table, block_ids):
-        _move_few(gathers, table, block_ids, slots, slot_ids, first_block)
+        for tensors, pairs in _pairs(table, *ids):
+            _move_few(gathers, tensors, pairs)
     else:
-        _move_many(gathers, table, block_ids, slots, slot_ids, first_block, check)
+        for tensors, blocks, places in _operands(table, *ids):
+            _move_many(gathers, tensors, _row_numbers(blocks), _row_numbers(places), check)
     if sums is not None:
         _add_up(table, block_ids.numpy(), check, sums.numpy())
 
 
-def _move_few(
-    gathers: bool,
-    table: PageTable,
-    block_ids: torch.Tensor,
-    slots: torch.Tensor,
-    slot_ids: torch.Tensor,
-    first_block: int,
-) -> None:
-    for tensors, pairs in _pairs(table, block_ids, slots, slot_ids, first_block):
-        for tensor in tensors:
-            for block, place in pairs:
-                if gathers:
-                    tensor.places[place] = tensor.pages[block]
-                else:
-                    tensor.pages[block] = tensor.places[place]
+def _move_few(gathers: bool, tensors: list[_Tensor], pairs: list[tuple[_Index, _Index]]) -> None:
+    for tensor in tensors:
+        for block, place in pairs:
+            if gathers:
+                tensor.places[place] = tensor.pages[block]
+            else:
+                tensor.pages[block] = tensor.places[place]
 
 
 def _move_many(
-    gathers: bool,
-    table: PageTable,
-    block_ids: torch.Tensor,
-    slots: torch.Tensor,
-    slot_ids: torch.Tensor,
-    first_block: int,
-    check: Callable[[], object],
+    gathers: bool, tensors: list[_Tensor], here: _Rows, there: _Rows, check: Callable[[], object]
 ) -> None:
-    for tensors, blocks, places in _operands(table, block_ids, slots, slot_ids, first_block):
-        here, there = _row_numbers(blocks), _row_numbers(places)
-        with torch.inference_mode():  # caches of an engine may be tensors of it
-            for tensor in tensors:
-                check()
-                if gathers:
-                    _move_rows(tensor.page_words, here, tensor.place_words, there)
-                else:
-                    _move_rows(tensor.place_words, there, tensor.page_words, here)
+    with torch.inference_mode():  # caches of an engine may be tensors of it
+        for tensor in tensors:
+            check()
+            if gathers:
+                _move_rows(tensor.page_words, here, tensor.place_words, there)
+            else:
+                _move_rows(tensor.place_words, there, tensor.page_words, here)
 
 
 def _add_up(
